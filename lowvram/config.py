@@ -1,0 +1,280 @@
+"""From a recipe's name or file, and overrides, to typed settings; and the entry of every command.
+
+Hydra composes (conf/), OmegaConf holds the types (lowvram.settings). What users type wrong ends as a LowVRAMError.
+"""
+
+import dataclasses
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from hydra import compose, initialize_config_module
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import (
+    ConfigKeyError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+    ValidationError,
+)
+from yaml import YAMLError
+
+from lowvram.errors import LowVRAMError
+from lowvram.settings import Settings, flatten, nearest
+
+_CONF = Path(__file__).parent / "conf"
+_Options = TypeVar("_Options")
+
+
+def recipe_names() -> list[str]:
+    """The built-in recipes, smallest resolution first."""
+    return sorted((p.stem for p in (_CONF / "recipe").glob("*.yaml")), key=lambda n: (int(re.sub(r"\D", "", n) or 0), n))
+
+
+def load_recipe(recipe: str, overrides: list[str] | None = None) -> Settings:
+    """Settings of a recipe.
+
+    Args:
+        recipe: a built-in name such as "faces256", or the path of a .yaml file.
+        overrides: as on the command line, such as ["vram=6GB", "data.path=ffhq.zip"].
+
+    Raises:
+        LowVRAMError: the recipe, a setting or a value is not known, or settings contradict each other.
+    """
+    overrides = list(overrides or [])
+    arguments = register_recipe_files([f"recipe={recipe}", *overrides])
+    with friendly_errors(), initialize_config_module("lowvram.conf", version_base="1.3"):
+        composed = compose("config", overrides=arguments)
+    return to_settings(composed, overrides)
+
+
+def to_settings(composed: DictConfig, overrides: list[str]) -> Settings:
+    """A composed Hydra configuration as checked settings; `overrides` are those that the user typed."""
+    with friendly_errors():
+        values = OmegaConf.to_container(composed, resolve=True)
+    assert isinstance(values, dict)
+    values = {str(key): value for key, value in values.items() if key != "hydra"}
+    names = [o.lstrip("+~").split("=")[0] for o in overrides]
+    values["overrides"] = [n for n in names if n != "recipe" and not n.startswith("hydra.")]
+    return settings_from(values)
+
+
+def settings_from(values: dict[str, Any]) -> Settings:
+    """Nested plain values as checked settings (the inverse of `settings_values`)."""
+    with friendly_errors():
+        typed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Settings), values))
+    assert isinstance(typed, Settings)
+    return typed
+
+
+def settings_values(settings: Settings) -> dict[str, Any]:
+    """Settings as nested plain values, without what is only of this invocation."""
+    values = dataclasses.asdict(settings)
+    del values["overrides"]
+    return values
+
+
+def register_recipe_files(arguments: list[str]) -> list[str]:
+    """Replace each `recipe=PATH.yaml` by a name that Hydra can find, and refuse unknown recipes.
+
+    A file without a `defaults:` list stands on the task that it names, or stylegan2.
+    """
+    out = []
+    for argument in arguments:
+        if not argument.startswith("recipe="):
+            out.append(argument)
+            continue
+        choices = [_register_recipe(choice) for choice in argument.removeprefix("recipe=").split(",")]
+        out.append("recipe=" + ",".join(choices))
+    return out
+
+
+def _register_recipe(choice: str) -> str:
+    if choice in recipe_names():
+        return choice
+    path = Path(choice).expanduser()
+    if path.suffix not in (".yaml", ".yml"):
+        raise LowVRAMError(
+            f"recipe={choice} is not known.",
+            nearest(choice, recipe_names()) + " A file of your own is named with its ending: recipe=./mine.yaml.",
+        )
+    try:
+        node = OmegaConf.load(path)
+    except (OSError, YAMLError, UnicodeDecodeError) as error:
+        raise LowVRAMError(f"recipe={choice} can't be read: {error}", "Give the path of a YAML file.") from error
+    if not isinstance(node, DictConfig):
+        raise LowVRAMError(f"recipe={choice} holds no settings.", "Write them as `name: value` lines.")
+    task = node.get("task") or "stylegan2"
+    plain = OmegaConf.to_container(node, resolve=False)
+    assert isinstance(plain, dict)
+    defaults = plain.pop("defaults", [{"/task": task}, "_self_"])
+    name = f"file_{path.stem}_{abs(hash(str(path.resolve()))):x}"
+    ConfigStore.instance().store(
+        group="recipe", name=name, node={"defaults": defaults, **plain, "recipe": path.stem}, package="_global_"
+    )
+    return name
+
+
+@contextmanager
+def friendly_errors() -> Iterator[None]:
+    """Turn Hydra's and OmegaConf's errors into ours: the setting, its value, what to do."""
+    try:
+        yield
+    except ConfigKeyError as error:
+        raise _unknown_setting(str(error.full_key or error.key)) from error
+    except MissingMandatoryValue as error:
+        raise LowVRAMError(f"{str(error).splitlines()[0]}.", "Give it a value: name=value.") from error
+    except ValidationError as error:
+        first = str(error).splitlines()[0].rstrip(".")
+        raise LowVRAMError(f"{error.full_key}: {first}.", "Give a value of that type.") from error
+    except HydraException as error:
+        text = " ".join(str(error).split())
+        unknown = re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' is not in struct", text)
+        if unknown:
+            raise _unknown_setting(unknown[1]) from error
+        if "recipe" in text and "???" in text or "must specify 'recipe'" in text:
+            raise LowVRAMError("No recipe was given.", f"Add recipe=NAME: {', '.join(recipe_names())}.") from error
+        raise LowVRAMError(text.split(" Available options")[0], "See --help for the settings.") from error
+    except OmegaConfBaseException as error:
+        raise LowVRAMError(str(error).splitlines()[0], "See --help for the settings.") from error
+
+
+def setting_names() -> list[str]:
+    """Every setting in dotted form."""
+
+    def names(type_: type, prefix: str = "") -> Iterator[str]:
+        for item in dataclasses.fields(type_):
+            if isinstance(item.type, type) and dataclasses.is_dataclass(item.type):
+                yield from names(item.type, f"{prefix}{item.name}.")
+            elif item.name != "overrides":
+                yield prefix + item.name
+
+    return list(names(Settings))
+
+
+def _unknown_setting(name: str) -> LowVRAMError:
+    known = setting_names()
+    close = nearest(name, known)
+    if close.startswith("Known"):
+        by_leaf = [k for k in known if k.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]]
+        close = f"Did you mean {' or '.join(by_leaf)}?" if by_leaf else "--help lists the settings."
+    return LowVRAMError(f"There is no setting {name}.", close)
+
+
+def differences(saved: Settings, given: Settings) -> dict[str, tuple[Any, Any]]:
+    """Settings that differ, as {name: (saved, given)}."""
+    a, b = flatten(settings_values(saved)), flatten(settings_values(given))
+    return {name: (a.get(name), b.get(name)) for name in sorted(a | b) if a.get(name) != b.get(name)}
+
+
+def parse_assignments(arguments: list[str]) -> list[str]:
+    """Check the grammar of Hydra overrides, so that `batch 8` or `--batch=8` is named in an error."""
+    for argument in arguments:
+        if argument.startswith("-") or "=" not in argument and not argument.startswith("~"):
+            raise LowVRAMError(f"{argument} is not understood.", "Settings are given as name=value; --help lists them.")
+    with friendly_errors():
+        OverridesParser.create().parse_overrides(arguments)
+    return arguments
+
+
+def report_errors(run: Callable[[], None], arguments: list[str]) -> None:
+    """Call `run`; print a LowVRAMError in two lines and exit with 2, unless `debug=true` is among the arguments."""
+    try:
+        run()
+    except LowVRAMError as error:
+        if "debug=true" in [a.lower() for a in arguments]:
+            raise
+        print(f"lowvram: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def command(options_type: type[_Options], main: Callable[[_Options], None], name: str) -> None:
+    """Entry of a command whose options are the fields of a dataclass: `key=value` words, `--help`, clear errors.
+
+    A field's `metadata={"help": "..."}` is its line in --help. Fields without a default must be given.
+    """
+    arguments = sys.argv[1:]
+
+    def run() -> None:
+        if any(a in ("-h", "--help", "help") for a in arguments):
+            print(_options_help(options_type, name))
+            return
+        words = [a for a in arguments if not a.lower().startswith("debug=")]
+        main(_parse_options(options_type, words))
+
+    report_errors(run, arguments)
+
+
+def _parse_options(options_type: type[_Options], words: list[str]) -> _Options:
+    fields = {f.name: f for f in dataclasses.fields(options_type)}  # type: ignore[arg-type]
+    for word in words:
+        key = word.split("=")[0]
+        if "=" not in word or word.startswith("-"):
+            raise LowVRAMError(f"{word} is not understood.", "Options are given as name=value; --help lists them.")
+        if key not in fields:
+            raise LowVRAMError(f"There is no option {key}.", nearest(key, list(fields)))
+    for field in fields.values():
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if required and not any(w.startswith(f"{field.name}=") for w in words):
+            raise LowVRAMError(f"{field.name} is missing.", f"Add {field.name}=VALUE.")
+    with friendly_errors():
+        merged = OmegaConf.merge(OmegaConf.structured(options_type), OmegaConf.from_dotlist(words))
+        options = OmegaConf.to_object(merged)
+    assert isinstance(options, options_type)
+    return options
+
+
+def _options_help(options_type: type, name: str) -> str:
+    summary = (options_type.__doc__ or "").strip()
+    lines = [f"python -m lowvram.{name} option=value ...", "", summary, ""]
+    for field in dataclasses.fields(options_type):
+        has_default = field.default is not dataclasses.MISSING
+        default = ("null" if field.default is None else str(field.default)) if has_default else "..."
+        lines.append(f"  {field.name + '=' + default:<24} {field.metadata.get('help', '')}")
+    return "\n".join(lines)
+
+
+def train_help() -> str:
+    """The text of `python -m lowvram.train --help`, from the comments in conf/."""
+    recipes = []
+    for name in recipe_names():
+        lines = (_CONF / "recipe" / f"{name}.yaml").read_text().splitlines()
+        about = next(line.lstrip("# ") for line in lines if line.startswith("#") and "@package" not in line)
+        recipes.append(f"  {name:<12} {about}")
+    return f"""python -m lowvram.train recipe=NAME [setting=value ...]
+
+Train an image generator on the card you own.
+
+Recipes (recipe=NAME, or recipe=./your.yaml):
+{chr(10).join(recipes)}
+
+Settings, with their usual values (a recipe changes some; --cfg job prints what holds):
+{chr(10).join(_commented_settings())}
+
+Examples:
+  python -m lowvram.train recipe=faces32
+  python -m lowvram.train recipe=faces256 data.path=ffhq.zip vram=6GB
+  python -m lowvram.train recipe=./mine.yaml batch=8 resume=auto
+  python -m lowvram.train recipe=faces64 seed=0,1,2 --multirun
+  python -m lowvram.train recipe=faces64 --cfg job"""
+
+
+def _commented_settings() -> Iterator[str]:
+    for path in (_CONF / "config.yaml", _CONF / "task" / "stylegan2.yaml"):
+        section = ""
+        for line in path.read_text().splitlines():
+            if line.startswith("hydra:"):
+                break
+            match = re.match(r"( *)(\w+):\s*([^#]*?)\s*(?:#\s*(.*))?$", line)
+            if not match or match[2] in ("defaults", "task"):
+                continue
+            if not match[1] and not match[3]:
+                section = match[2] + "."
+                continue
+            setting = f"{section if match[1] else ''}{match[2]}={match[3].replace('???', '...')}"
+            yield f"  {setting:<36} {match[4] or ''}".rstrip()

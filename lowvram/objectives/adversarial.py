@@ -1,0 +1,64 @@
+"""Losses of StyleGAN2 as pure functions (arXiv 1912.04958): logistic, R1, path length. One value per sample, no weights.
+
+Weighting (gamma / 2, the lazy interval, the moving mean of path lengths) belongs to the task's phases.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def generator_loss(fake_logits: Tensor) -> Tensor:
+    """Non-saturating logistic loss, softplus(-D(G(z))) = -log sigmoid (Goodfellow et al. 2014, section 3).
+
+    fake_logits: [B, 1] or [B]. Returns [B].
+    """
+    return F.softplus(-fake_logits).reshape(len(fake_logits))
+
+
+def discriminator_fake_loss(fake_logits: Tensor) -> Tensor:
+    """Logistic loss of a generated image, softplus(D(G(z))). [B, 1] or [B] -> [B]."""
+    return F.softplus(fake_logits).reshape(len(fake_logits))
+
+
+def discriminator_real_loss(real_logits: Tensor) -> Tensor:
+    """Logistic loss of a real image, softplus(-D(x)). [B, 1] or [B] -> [B]."""
+    return F.softplus(-real_logits).reshape(len(real_logits))
+
+
+def r1_penalty(logits: Tensor, images: Tensor) -> Tensor:
+    """Squared gradient norm of the logits by the images (R1: Mescheder et al. 2018, arXiv 1801.04406, equation 9).
+
+    logits: [B, 1] or [B], computed from `images` [B, C, H, W], which requires grad. Returns [B], differentiable by
+    the discriminator's weights. The loss is its mean times gamma / 2 (StyleGAN2, appendix B: lazily, times the interval).
+    """
+    _need_graph(images, "images")
+    (grad,) = torch.autograd.grad(logits.sum(), images, create_graph=True)  # [B, C, H, W]
+    return grad.square().sum(dim=tuple(range(1, grad.ndim)))
+
+
+def path_lengths(images: Tensor, ws: Tensor, noise: Tensor) -> Tensor:
+    """Length of the Jacobian-vector product J_w^T y (StyleGAN2, section 3.2, equation 4).
+
+    images: [B, C, H, W], generated from `ws` [B, num_ws, w_dim], which requires grad.
+    noise: standard normal numbers [B, C, H, W]; the division by sqrt(H W) is done here.
+    Returns [B]: the root of the mean over the layers of the squared norm, differentiable by the generator's weights.
+    """
+    _need_graph(ws, "ws")
+    scale = 1 / math.sqrt(images.shape[2] * images.shape[3])
+    (grad,) = torch.autograd.grad((images * (noise * scale)).sum(), ws, create_graph=True)  # [B, num_ws, w_dim]
+    return grad.square().sum(2).mean(1).sqrt()
+
+
+def path_length_penalty(lengths: Tensor, mean_length: Tensor | float) -> Tensor:
+    """(length - a)^2 with the moving mean a held constant (StyleGAN2, equation 4). lengths: [B]. Returns [B]."""
+    return (lengths - mean_length).square()
+
+
+def _need_graph(x: Tensor, name: str) -> None:
+    if not x.requires_grad:
+        raise ValueError(
+            f"{name} must require grad before the network sees it, or the penalty has no gradient to measure"
+        )

@@ -1,0 +1,103 @@
+"""What the trainer knows of a task: a list of phases, and the samples that a phase is given."""
+
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from lowvram.models import seeded
+
+
+@dataclass(kw_only=True)
+class MicroBatch:
+    """A part of a batch that is in memory at one time.
+
+    images: uint8 [b, C, H, W] on the training device.
+    labels: int64 [b] class of each image, -1 without classes.
+    seeds: int64 [b] on the CPU: the root of every random number that the phase draws for a sample. They depend on the
+        run's seed, the phase and the sample's place in the stream, and so on no other sample.
+    """
+
+    images: Tensor
+    labels: Tensor
+    seeds: Tensor
+    reported: dict[str, Tensor] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.seeds)
+
+    def report(self, **values: Tensor) -> None:
+        """Hand per-sample values [b, ...] to `Phase.finish`, which gets their mean over the whole batch."""
+        for name, value in values.items():
+            self.reported[name] = value.detach().float().sum(dim=0)
+
+
+@dataclass(kw_only=True, eq=False)
+class Phase:
+    """One kind of update: its loss, the networks that it changes, how often, and in what portions.
+
+    Args:
+        name: shown in metrics and errors.
+        networks: the networks that the update changes; no other network gets gradients.
+        optimizer: holds exactly the parameters of `networks`. Phases may share one.
+        loss: mean loss, a scalar, of a micro-batch of b samples. The trainer weighs it by b / samples * every.
+        samples: images in one update, over all processes and micro-batches: the first so many of the batch.
+        every: the phase runs at each n-th step, and its loss counts n-fold (lazy regularisation).
+        micro_batch: samples of one process in memory at a time; None: all of them.
+        group: samples i, i + n / group, i + 2 n / group ... of a batch of n belong together (minibatch standard
+            deviation) and stay in one micro-batch.
+        clip_norm: bound of the global gradient norm; None: none.
+        finish: called after the update with the batch means of what `MicroBatch.report` was given.
+    """
+
+    name: str
+    networks: tuple[nn.Module, ...]
+    optimizer: torch.optim.Optimizer
+    loss: Callable[[MicroBatch], Tensor]
+    samples: int
+    every: int = 1
+    micro_batch: int | None = None
+    group: int = 1
+    clip_norm: float | None = None
+    finish: Callable[[dict[str, Tensor]], None] | None = None
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The parameters that the phase updates, in a stable order."""
+        return [p for network in self.networks for p in network.parameters()]
+
+    @contextmanager
+    def trainable(self) -> Iterator[None]:
+        """Only this phase's networks ask for gradients within."""
+        parameters = self.parameters()
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        try:
+            yield
+        finally:
+            for parameter in parameters:
+                parameter.requires_grad_(False)
+
+    def micro_batches(self, images: Tensor, labels: Tensor, positions: Tensor, start: int, seed: int) -> Iterator[MicroBatch]:
+        """Cut this process's share of a batch into micro-batches that keep the groups together.
+
+        images uint8 [n, C, H, W] in group-major order [group, n / group]; labels, positions int64 [n], positions on the
+        CPU: each sample's place in the shuffled stream, of which this batch begins at `start`.
+        """
+        mine = torch.nonzero(positions - start < self.samples).flatten()  # [m], CPU
+        if not len(mine):
+            return
+        rows = mine.reshape(self.group, -1)  # [group, m / group]
+        columns = max(1, min(len(mine), self.micro_batch or len(mine)) // self.group)
+        salt = zlib.crc32(self.name.encode())
+        for part in rows.split(columns, dim=1):
+            index = part.reshape(-1)
+            seeds = [seeded.mix(seed, salt, position) for position in positions[index].tolist()]
+            on_device = index.to(images.device)
+            yield MicroBatch(
+                images=images[on_device],
+                labels=labels[on_device.to(labels.device)],
+                seeds=torch.tensor(seeds, dtype=torch.int64),
+            )

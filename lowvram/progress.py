@@ -1,0 +1,144 @@
+"""What is seen while training runs: messages, the progress bar, the trackers, and what a CPU will take."""
+
+import importlib.util
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from lowvram.config import settings_values
+from lowvram.errors import LowVRAMError
+from lowvram.run import Run
+from lowvram.settings import Settings, flatten
+from lowvram.tasks import Task
+
+
+class Progress:
+    """Messages, and a bar on a terminal or a line at each log interval elsewhere."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self.quiet = quiet
+        self._bar: Any = None
+
+    def say(self, message: str) -> None:
+        """Print a line, above the bar if there is one."""
+        if not self.quiet:
+            tqdm.write(f"lowvram: {message}", file=sys.stdout)
+            sys.stdout.flush()
+
+    @contextmanager
+    def bar(self, images_seen: int, total_images: int) -> Iterator[None]:
+        """Show a bar over the run's images within."""
+        terminal = sys.stderr.isatty() and not self.quiet
+        self._bar = tqdm(
+            total=total_images / 1000,
+            initial=images_seen / 1000,
+            disable=not terminal,
+            dynamic_ncols=True,
+            bar_format="{percentage:3.0f}%|{bar:12}| {n:.2f}/{total:g} kimg [{elapsed}<{remaining}]{postfix} {desc}",
+            mininterval=0.2,
+        )
+        try:
+            yield
+        finally:
+            self._bar.close()
+            self._bar = None
+
+    def phase(self, name: str) -> None:
+        """Show which phase runs, so that a long step does not look frozen."""
+        if self._bar is not None:
+            self._bar.set_description_str(name, refresh=False)
+            self._bar.update(0)
+
+    def advance(self, images_seen: int) -> None:
+        """Move the bar to a count of images."""
+        if self._bar is not None:
+            self._bar.update(images_seen / 1000 - self._bar.n)
+
+    def show(self, values: dict[str, Any], *, on_gpu: bool) -> None:
+        """Show the values of a log interval."""
+        losses = " ".join(f"{k.removeprefix('loss/')} {v:.3f}" for k, v in values.items() if k.startswith("loss/"))
+        memory = f"{values['peak_allocated_bytes'] / 2**30:.2f}"
+        if on_gpu:
+            memory = f"peak {memory} of {values['peak_reserved_bytes'] / 2**30:.2f} GiB reserved"
+        else:
+            memory = f"RSS {memory} GiB"
+        p = f" p {values['augment_p']:.3f}" if "augment_p" in values else ""
+        text = f"{values['s_per_kimg']:.1f} s/kimg, {losses}{p}, {memory}"
+        if self._bar is not None and not self._bar.disable:
+            self._bar.set_postfix_str(text)
+        elif self._bar is not None and not self.quiet:
+            left = duration((self._bar.total - values["kimg"]) * values["s_per_kimg"])
+            print(f"{values['kimg']:8.2f} kimg  {text}, {left} left", flush=True)
+
+
+class Trackers:
+    """TensorBoard or Weights & Biases through accelerate, imported only when asked for."""
+
+    def __init__(self, settings: Settings, run: Run) -> None:
+        self._tracker: Any = None
+        if settings.logger == "none":
+            return
+        if importlib.util.find_spec(settings.logger) is None:
+            raise LowVRAMError(
+                f"logger={settings.logger} needs a package that is not installed.",
+                f'pip install "lowvram[{settings.logger}]", or logger=none.',
+            )
+        from accelerate import tracking
+
+        if settings.logger == "tensorboard":
+            self._tracker = tracking.TensorBoardTracker(run_name="tensorboard", logging_dir=str(run.folder))
+        else:
+            self._tracker = tracking.WandBTracker(run_name="lowvram", name=run.folder.name, dir=str(run.folder))
+        if hasattr(self._tracker, "start"):
+            self._tracker.start()
+        shown = {k: v for k, v in flatten(settings_values(settings)).items() if isinstance(v, int | float | str | bool)}
+        self._tracker.store_init_configuration(shown)
+
+    def log(self, values: dict[str, Any]) -> None:
+        """Send a line of metrics."""
+        if self._tracker is not None:
+            self._tracker.log({k: v for k, v in values.items() if k != "step"}, step=values["step"])
+
+    def finish(self) -> None:
+        """Flush and close."""
+        if self._tracker is not None:
+            self._tracker.finish()
+            self._tracker = None
+
+
+def estimate_cpu_cost(task: Task, settings: Settings, world_size: int, images_seen: int) -> Iterator[str]:
+    """Time the G and D phases on one group of images, and say what the rest of the run will take on this CPU.
+
+    Nothing is updated: gradients are dropped, and a phase's random numbers depend on its samples alone.
+    """
+    images = torch.stack([task.dataset()[i % len(task.dataset())] for i in range(task.group)])
+    labels = torch.full([task.group], 0 if getattr(task, "c_dim", 0) else -1)
+    per_kimg = 0.0
+    for phase in task.phases:
+        with phase.trainable():
+            micro = next(phase.micro_batches(images, labels, torch.arange(task.group), 0, settings.seed))
+            begun = time.perf_counter()
+            phase.loss(micro).backward()
+            seconds_per_image = (time.perf_counter() - begun) / len(micro) / phase.every
+            per_kimg += seconds_per_image * phase.samples / settings.batch * 1000 / world_size
+        for parameter in phase.parameters():
+            parameter.grad = None
+    rest = settings.kimg - images_seen / 1000
+    line = f"no GPU: about {duration(per_kimg)} for each kimg on this CPU, {duration(per_kimg * rest)} for {rest:g} kimg"
+    if per_kimg * rest > 3600 and settings.recipe != "faces32":
+        line += "; recipe=faces32 makes faces in ten minutes. Training all the same; Ctrl-C stops and saves"
+    yield line
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words, such as "12 s", "5 min", "3.4 h", "12 days" or "1.9 years"."""
+    for unit, size in (("years", 365 * 86400), ("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= size * 1.5:
+            value = seconds / size
+            return f"{value:.1f} {unit}" if value < 10 else f"{value:.0f} {unit}"
+    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"

@@ -1,0 +1,1 @@
+"""From networks to pictures: sampling, interpolation, grids and animations."""

@@ -1,0 +1,150 @@
+"""What is trained. A task builds networks, phases and a sampler; the trainer runs them without knowing which task it is."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from functools import cached_property
+from importlib import import_module
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lowvram import checkpoint as checkpoints
+from lowvram.data import ImageSet, open_dataset
+from lowvram.ema import ExponentialMovingAverage
+from lowvram.errors import LowVRAMError
+from lowvram.phase import Phase
+from lowvram.run import Run
+from lowvram.settings import Settings
+
+TASKS = ("stylegan2",)
+
+
+class Task(ABC):
+    """Networks, phases and sampler of one kind of model.
+
+    After `__init__` a task can sample; after `prepare_training` it can also be trained.
+
+    Attributes:
+        networks: all that a checkpoint holds, by the name of its file; averaged ones too.
+        sampling_networks: the names of those that sampling needs.
+        phases: in the order in which a step runs them.
+        optimizers: by name; phases may share one.
+        averages: updated by the trainer after each step.
+        group: how many samples belong together in a batch (see Phase.group).
+    """
+
+    networks: dict[str, nn.Module]
+    sampling_networks: tuple[str, ...]
+    phases: list[Phase]
+    optimizers: dict[str, torch.optim.Optimizer]
+    averages: list[ExponentialMovingAverage]
+    group: int = 1
+
+    def __init__(self, settings: Settings, device: torch.device) -> None:
+        self.settings = settings
+        self.device = device
+
+    @cached_property
+    def _dataset(self) -> ImageSet:
+        data = self.settings.data
+        return open_dataset(
+            data.path,
+            resolution=self.settings.resolution,
+            labels=data.labels,
+            max_images=data.max_images,
+            on_bad_file=data.on_bad_file,
+            bad_file_limit=data.bad_file_limit,
+            builtin_count=data.builtin_count,
+        )
+
+    def dataset(self) -> ImageSet:
+        """The data set of the recipe, opened at the first call."""
+        return self._dataset
+
+    @abstractmethod
+    def prepare_training(self) -> None:
+        """Build what only training needs: phases, optimizers, averages."""
+
+    def end_step(self, step: int) -> None:
+        """Called after each step's updates, with the number of steps done."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """State beside networks and optimizers, for checkpoints."""
+        return {}
+
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Restore what `tensors` gave."""
+
+    def status(self) -> dict[str, float]:
+        """Numbers worth showing beside the losses."""
+        return {}
+
+    @abstractmethod
+    def sample(
+        self,
+        n: int,
+        seed: int = 0,
+        *,
+        truncation_psi: float = 1.0,
+        noise_mode: str = "const",
+        classes: list[int] | None = None,
+        micro_batch: int | None = None,
+    ) -> Tensor:
+        """n images, uint8 [n, C, H, W] on the CPU. Image i depends on the seed and i alone."""
+
+    @abstractmethod
+    def interpolate(self, seed: int = 0, *, keyframes: int = 8, frames_per_keyframe: int = 30, **options: object) -> Iterator[Tensor]:
+        """Frames of a looping path through the latent space, each uint8 [C, H, W]."""
+
+
+def build_task(settings: Settings, device: torch.device) -> Task:
+    """The task that a recipe names, with freshly initialised networks on the device."""
+    if settings.task not in TASKS:
+        raise LowVRAMError(f"task={settings.task} is not known.", f"Use one of {', '.join(TASKS)}.")
+    task: Task = import_module(f"lowvram.tasks.{settings.task}").build(settings, device)
+    return task
+
+
+def load_run(run_folder: str | Path, *, checkpoint: str | int = "latest", device: str = "auto") -> Task:
+    """A trained run, ready to sample from: its averaged networks, in evaluation mode.
+
+    Args:
+        run_folder: the folder that training wrote.
+        checkpoint: a step, or "latest" for the newest good one.
+        device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N".
+    """
+    run = Run.open(run_folder)
+    path = run.find_checkpoint(checkpoint)
+    task = build_task(run.settings, pick_device(device))
+    saved = checkpoints.read(path, only=task.sampling_networks)
+    for name in task.sampling_networks:
+        load_network(task.networks[name], saved.tensors.get(name, {}), name, path)
+        task.networks[name].eval()
+    return task
+
+
+def load_network(network: nn.Module, tensors: dict[str, Tensor], name: str, path: Path) -> None:
+    """Load a network's weights, or say which of them don't fit."""
+    try:
+        network.load_state_dict(tensors)
+    except RuntimeError as error:
+        detail = str(error).splitlines()[1].strip() if len(str(error).splitlines()) > 1 else str(error)
+        raise LowVRAMError(
+            f"the weights {name} in {path} don't fit the recipe: {detail}",
+            "Resume with the recipe that the run was begun with, or start a new run.",
+        ) from error
+
+
+def pick_device(name: str) -> torch.device:
+    """A device by its setting.
+
+    Raises:
+        LowVRAMError: it is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise LowVRAMError(f"device={name} is not there: torch sees {torch.cuda.device_count()} GPUs.", "Use device=cpu.")
+    return device

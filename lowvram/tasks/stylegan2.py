@@ -1,0 +1,288 @@
+"""StyleGAN2 with adaptive discriminator augmentation as four phases: G, path length, D, R1.
+
+Papers: StyleGAN2 arXiv 1912.04958, ADA arXiv 2006.06676.
+"""
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lowvram.ema import ExponentialMovingAverage
+from lowvram.models import seeded
+from lowvram.models.augment import AugmentPipe, adapt
+from lowvram.models.stylegan2 import Discriminator, Generator
+from lowvram.objectives import adversarial
+from lowvram.phase import MicroBatch, Phase
+from lowvram.sampling import gan
+from lowvram.settings import Settings
+from lowvram.tasks import Task
+
+
+def build(settings: Settings, device: torch.device) -> "StyleGAN2Task":
+    """The task of a recipe with `task: stylegan2`."""
+    return StyleGAN2Task(settings, device)
+
+
+class StyleGAN2Task(Task):
+    """Networks `G`, `D`, `G_ema` and, with augmentation, `augment`."""
+
+    sampling_networks = ("G_ema",)
+
+    def __init__(self, settings: Settings, device: torch.device) -> None:
+        super().__init__(settings, device)
+        self.group = settings.model.mbstd_group_size
+        self.c_dim = self.dataset().num_classes if settings.data.labels else 0
+        self.G_ema = self._generator().eval().requires_grad_(False)
+        self.networks = {"G_ema": self.G_ema}
+
+    def prepare_training(self) -> None:
+        settings, loss = self.settings, self.settings.loss
+        self.G = self._generator().requires_grad_(False)
+        self.G_ema.load_state_dict(self.G.state_dict())
+        self.D = Discriminator(
+            settings.resolution,
+            c_dim=self.c_dim,
+            channel_base=settings.model.channel_base,
+            channel_max=settings.model.channel_max,
+            mbstd_group_size=settings.model.mbstd_group_size,
+            **self._precision(),
+        )
+        self.D.to(self.device).requires_grad_(False)
+        self.augment = self._augment_pipe()
+        self.path_length_mean = torch.zeros([], device=self.device)
+        self._real_sign = torch.zeros([], device=self.device)  # mean of sign(D(real)), summed over D steps
+        self._real_sign_steps = 0
+        self.networks |= {"G": self.G, "D": self.D}
+        if self.augment is not None:
+            self.networks["augment"] = self.augment
+        self._lookup = self._label_lookup()
+
+        path_length_every = loss.path_length_every if loss.path_length_weight > 0 else 0
+        r1_every = loss.r1_every if settings.r1_gamma > 0 else 0
+        lr_d = settings.optimizer.lr_d if settings.optimizer.lr_d is not None else settings.optimizer.lr
+        self.optimizers = {
+            "G": self._adam(self.G, settings.optimizer.lr, path_length_every),
+            "D": self._adam(self.D, lr_d, r1_every),
+        }
+        micro = settings.micro_batch
+        g: dict[str, Any] = {"networks": (self.G,), "optimizer": self.optimizers["G"]}
+        d: dict[str, Any] = {"networks": (self.D,), "optimizer": self.optimizers["D"]}
+        whole = {"samples": settings.batch, "group": self.group}
+        self.phases = [Phase(name="G", loss=self._g_loss, micro_batch=micro.G, finish=self._track_w, **g, **whole)]
+        if path_length_every:
+            self.phases.append(
+                Phase(
+                    name="path_length",
+                    loss=self._path_length_loss,
+                    samples=settings.phase_batch("path_length"),
+                    every=path_length_every,
+                    micro_batch=micro.path_length,
+                    finish=self._track_path_length,
+                    **g,
+                )
+            )
+        self.phases.append(Phase(name="D", loss=self._d_loss, micro_batch=micro.D, finish=self._track_sign, **d, **whole))
+        if r1_every:
+            self.phases.append(Phase(name="R1", loss=self._r1_loss, every=r1_every, micro_batch=micro.R1, **d, **whole))
+        self.averages = [
+            ExponentialMovingAverage(
+                self.G, self.G_ema, half_life_kimg=settings.ema.half_life_kimg, rampup=settings.ema.rampup
+            )
+        ]
+
+    # The four losses. Each returns a mean over the micro-batch; the phase's interval is applied by the trainer.
+
+    def _g_loss(self, micro: MicroBatch) -> Tensor:
+        """Non-saturating logistic loss (StyleGAN2 section 3; Goodfellow et al. 2014)."""
+        images, c, ws = self._fakes(micro)
+        micro.report(w=ws[:, 0])
+        logits = self.D(self._augmented(images, micro), c)
+        return adversarial.generator_loss(logits).mean()
+
+    def _path_length_loss(self, micro: MicroBatch) -> Tensor:
+        """Path length regularisation (StyleGAN2 section 3.2 and appendix B).
+
+        The moving mean is that of the steps before, so that a sample's loss does not depend on its micro-batch.
+        """
+        images, _, ws = self._fakes(micro)
+        noise = seeded.randn(micro.seeds, *images.shape[1:], stream="path_length", device=images.device)
+        lengths = adversarial.path_lengths(images, ws, noise)  # [b]
+        micro.report(length=lengths)
+        return adversarial.path_length_penalty(lengths, self.path_length_mean).mean() * self.settings.loss.path_length_weight
+
+    def _d_loss(self, micro: MicroBatch) -> Tensor:
+        """Logistic loss on images made and real."""
+        with torch.no_grad():
+            fakes, c, _ = self._fakes(micro)
+        fake_logits = self.D(self._augmented(fakes, micro, "fake"), c)
+        real_logits = self.D(self._augmented(self._reals(micro), micro, "real"), self._onehot(micro.labels))
+        micro.report(sign=real_logits.sign().reshape(-1))
+        losses = adversarial.discriminator_fake_loss(fake_logits) + adversarial.discriminator_real_loss(real_logits)
+        return losses.mean()
+
+    def _r1_loss(self, micro: MicroBatch) -> Tensor:
+        """Gradient penalty on real images (Mescheder et al. 2018, arXiv 1801.04406)."""
+        reals = self._reals(micro).requires_grad_(True)
+        logits = self.D(self._augmented(reals, micro, "real"), self._onehot(micro.labels))
+        return adversarial.r1_penalty(logits, reals).mean() * (self.settings.r1_gamma / 2)
+
+    # What the losses share.
+
+    def _fakes(self, micro: MicroBatch) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Images [b, C, H, W], labels [b, c_dim] or None, and ws [b, num_ws, w_dim] for the seeds of a micro-batch."""
+        seeds, settings = micro.seeds, self.settings
+        z = seeded.randn(seeds, settings.model.z_dim, stream="z").to(self.device)
+        c = self._random_labels(seeds)
+        ws = self.G.mapping(z, c)
+        if settings.loss.style_mixing > 0:
+            ws = self._mixed(ws, seeds, c)
+        return self.G.synthesis(ws, noise_mode="random", noise_seeds=seeds), c, ws
+
+    def _mixed(self, ws: Tensor, seeds: Tensor, c: Tensor | None) -> Tensor:
+        """Style mixing: from a random layer on, w comes from a second latent (arXiv 1812.04948 section 3.1)."""
+        num_ws = ws.shape[1]
+        drawn = seeded.rand(seeds, 2, stream="mixing")  # [b, 2], CPU
+        cutoff = 1 + (drawn[:, 0] * (num_ws - 1)).long()  # 1 ... num_ws - 1
+        cutoff = torch.where(drawn[:, 1] < self.settings.loss.style_mixing, cutoff, num_ws)
+        z2 = seeded.randn(seeds, self.settings.model.z_dim, stream="z2").to(self.device)
+        second = self.G.mapping(z2, c)
+        keep = torch.arange(num_ws)[None, :] < cutoff[:, None]  # [b, num_ws]
+        return torch.where(keep[:, :, None].to(ws.device), ws, second)
+
+    def _reals(self, micro: MicroBatch) -> Tensor:
+        return micro.images.to(torch.float32) / 127.5 - 1
+
+    def _augmented(self, images: Tensor, micro: MicroBatch, which: Literal["fake", "real"] = "fake") -> Tensor:
+        if self.augment is None:
+            return images
+        augmented: Tensor = self.augment(images, micro.seeds, stream=f"augment.{which}")
+        return augmented
+
+    def _onehot(self, labels: Tensor) -> Tensor | None:
+        return F.one_hot(labels, self.c_dim).float().to(self.device) if self.c_dim else None
+
+    def _random_labels(self, seeds: Tensor) -> Tensor | None:
+        """Labels of randomly chosen images of the data set, as the discriminator sees them on real ones."""
+        if self._lookup is None:
+            return None
+        drawn = seeded.rand(seeds, stream="label")  # [b]
+        return self._onehot(self._lookup[(drawn * len(self._lookup)).long()])
+
+    # Statistics that the phases hand over, as means over the whole batch.
+
+    def _track_w(self, means: dict[str, Tensor]) -> None:
+        self.G.mapping.update_w_avg(means["w"], self.settings.ema.w_avg_beta)
+
+    def _track_path_length(self, means: dict[str, Tensor]) -> None:
+        self.path_length_mean.lerp_(means["length"], self.settings.loss.path_length_decay)
+
+    def _track_sign(self, means: dict[str, Tensor]) -> None:
+        self._real_sign += means["sign"]
+        self._real_sign_steps += 1
+
+    def end_step(self, step: int) -> None:
+        """Move the augmentation's p by how far the discriminator overfits (ADA section 3, r_t)."""
+        augment = self.settings.augment
+        if self.augment is None or augment.mode != "ada" or step % augment.interval or not self._real_sign_steps:
+            return
+        images = self.settings.batch * self._real_sign_steps
+        sign = float(self._real_sign) / self._real_sign_steps
+        p = adapt(
+            self.augment.probability(), sign, augment.target, images=images, adjust_kimg=augment.adjust_kimg
+        )
+        self.augment.set_probability(p)
+        self._real_sign.zero_()
+        self._real_sign_steps = 0
+
+    def tensors(self) -> dict[str, Tensor]:
+        steps = torch.tensor(self._real_sign_steps)
+        return {"path_length_mean": self.path_length_mean, "real_sign": self._real_sign, "real_sign_steps": steps}
+
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        self.path_length_mean.copy_(tensors["path_length_mean"])
+        self._real_sign.copy_(tensors["real_sign"])
+        self._real_sign_steps = int(tensors["real_sign_steps"])
+        if self.augment is not None:
+            self.augment.set_probability(min(max(float(self.augment.p), 0.0), 1.0))
+
+    def status(self) -> dict[str, float]:
+        return {} if self.augment is None else {"augment_p": self.augment.probability()}
+
+    # Sampling.
+
+    def sample(
+        self,
+        n: int,
+        seed: int = 0,
+        *,
+        truncation_psi: float = 1.0,
+        noise_mode: str = "const",
+        classes: list[int] | None = None,
+        micro_batch: int | None = None,
+    ) -> Tensor:
+        return gan.sample_images(
+            self.G_ema,
+            n,
+            seed=seed,
+            truncation_psi=truncation_psi,
+            noise_mode=noise_mode,
+            classes=classes,
+            micro_batch=micro_batch or self._sampling_slice(),
+        )
+
+    def interpolate(self, seed: int = 0, *, keyframes: int = 8, frames_per_keyframe: int = 30, **options: Any) -> Iterator[Tensor]:
+        return gan.interpolate(
+            self.G_ema, seed=seed, keyframes=keyframes, frames_per_keyframe=frames_per_keyframe, **options
+        )
+
+    def _sampling_slice(self) -> int:
+        """Images at a time, so that sampling stays below the memory of a training step."""
+        return max(1, (self.settings.micro_batch.G or self.settings.batch) // 2)
+
+    # Construction.
+
+    def _generator(self) -> Generator:
+        model = self.settings.model
+        network = Generator(
+            self.settings.resolution,
+            z_dim=model.z_dim,
+            w_dim=model.w_dim,
+            c_dim=self.c_dim,
+            mapping_layers=model.mapping_layers,
+            channel_base=model.channel_base,
+            channel_max=model.channel_max,
+            **self._precision(),
+        )
+        return network.to(self.device)
+
+    def _precision(self) -> dict[str, Any]:
+        chosen = self.settings.precision
+        if chosen == "auto":
+            chosen = "fp32" if self.device.type == "cpu" else "fp16"
+        return {
+            "num_fp16_res": 0 if chosen == "fp32" else self.settings.model.num_fp16_res,
+            "conv_clamp": self.settings.model.conv_clamp,
+            "half_dtype": torch.bfloat16 if chosen == "bf16" else torch.float16,
+        }
+
+    def _augment_pipe(self) -> AugmentPipe | None:
+        augment = self.settings.augment
+        if augment.mode == "none":
+            return None
+        pipe = AugmentPipe.from_name(augment.pipeline).to(self.device)
+        pipe.set_probability(augment.p)
+        return pipe
+
+    def _label_lookup(self) -> Tensor | None:
+        labels = self.dataset().labels
+        return torch.as_tensor(labels) if self.c_dim and labels is not None else None
+
+    def _adam(self, network: nn.Module, lr: float, every: int) -> torch.optim.Optimizer:
+        """Adam whose step and memory allow for the extra update of a lazy phase (StyleGAN2 appendix B)."""
+        settings = self.settings.optimizer
+        ratio = every / (every + 1) if every else 1.0
+        betas = (settings.beta1**ratio, settings.beta2**ratio)
+        return torch.optim.Adam(network.parameters(), lr=lr * ratio, betas=betas, eps=settings.eps, fused=True)

@@ -1,0 +1,71 @@
+"""`python -m lowvram.train recipe=NAME [setting=value ...]`: train, with Hydra's overrides, --multirun and --cfg job."""
+
+import os
+import sys
+
+from lowvram import config, launch
+from lowvram.errors import LowVRAMError
+from lowvram.settings import Settings
+
+
+def main() -> None:
+    """Entry of the command."""
+    arguments = sys.argv[1:]
+    if any(a in ("-h", "--help") for a in arguments):
+        print(config.train_help())
+        return
+    launch.start_missing_processes()
+    config.report_errors(lambda: _hydra(arguments), arguments)
+
+
+def _hydra(arguments: list[str]) -> None:
+    import hydra
+    from omegaconf import DictConfig
+
+    flags = [a for a in arguments if a.startswith("-")]
+    words = config.parse_assignments([a for a in arguments if a not in flags and not _is_flag_value(a, arguments)])
+    if not any(w.startswith("recipe=") for w in words):
+        raise LowVRAMError("No recipe was given.", f"Add recipe=NAME: {', '.join(config.recipe_names())}.")
+    sys.argv[1:] = config.register_recipe_files(arguments)
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors are raised to us, and worded by config.friendly_errors
+
+    @hydra.main(config_path="pkg://lowvram.conf", config_name="config", version_base="1.3")
+    def job(composed: DictConfig) -> None:
+        try:
+            _train(_settings_of_job(composed, words))
+        except LowVRAMError as error:  # Hydra would print a line of its own, and end the other jobs of a sweep
+            failures.append(error)
+
+    failures: list[LowVRAMError] = []
+    with config.friendly_errors():
+        job()
+    if failures:
+        raise failures[0]
+
+
+def _settings_of_job(composed: "config.DictConfig", words: list[str]) -> Settings:
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    settings = config.to_settings(composed, words)
+    hydra_config = HydraConfig.get()
+    if hydra_config.mode == RunMode.MULTIRUN and settings.out is not None:
+        settings.out = os.path.join(settings.out, str(hydra_config.job.num))  # noqa: PTH118 - kept as text
+    return settings
+
+
+def _train(settings: Settings) -> None:
+    from lowvram.trainer import Trainer
+
+    Trainer(settings).fit()
+
+
+def _is_flag_value(argument: str, arguments: list[str]) -> bool:
+    """Whether a word belongs to the Hydra flag before it, such as `job` in `--cfg job`."""
+    index = arguments.index(argument)
+    takes_value = ("--cfg", "-c", "--package", "-p", "--info", "-i", "--config-dir", "-cd", "--config-name", "-cn")
+    return index > 0 and arguments[index - 1] in takes_value and "=" not in argument
+
+
+if __name__ == "__main__":
+    main()

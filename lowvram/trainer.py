@@ -1,0 +1,395 @@
+"""The one training loop, for every task: phases, micro-batches, accumulation, resume, signals, metrics, snapshots."""
+
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+from torch import Tensor
+
+from lowvram import checkpoint as checkpoints
+from lowvram import rng
+from lowvram.data import Batch, Loader
+from lowvram.errors import LowVRAMError
+from lowvram.memory.guard import Meter, PhaseCost
+from lowvram.phase import MicroBatch, Phase
+from lowvram.progress import Progress, Trackers, estimate_cpu_cost
+from lowvram.resume import Start, find_start
+from lowvram.sampling.grids import save_grid
+from lowvram.settings import Settings
+from lowvram.signals import StopRequest
+from lowvram.tasks import build_task, load_network, pick_device
+
+
+class NonFiniteError(LowVRAMError):
+    """A loss or gradient became NaN or infinite. Nothing of the step was applied or saved."""
+
+
+@dataclass(kw_only=True)
+class StepResult:
+    """What one step did.
+
+    losses: mean over the batch, by the names of the phases that ran. costs: time and memory of those phases.
+    """
+
+    step: int
+    images_seen: int
+    losses: dict[str, float]
+    costs: dict[str, PhaseCost]
+
+
+class Trainer:
+    """Train a recipe.
+
+        trainer = Trainer(load_recipe("faces64", ["batch=8"]))
+        trainer.fit()                       # or: for step in trainer: ...
+        images = trainer.sample(16, seed=0)
+
+    Making one creates the run folder, or finds it when the recipe says `resume`.
+
+    Args:
+        recipe: settings from `load_recipe`.
+        quiet: no progress bar and no messages.
+        synchronize: wait for the device around each phase, so that its time is exact (benchmarks).
+    """
+
+    def __init__(self, recipe: Settings, *, quiet: bool = False, synchronize: bool = False) -> None:
+        self.accelerator = Accelerator(cpu=recipe.device == "cpu" or not torch.cuda.is_available())
+        self.device = self.accelerator.device if recipe.device == "auto" else pick_device(recipe.device)
+        self.world_size, self.rank = self.accelerator.num_processes, self.accelerator.process_index
+        self.progress = Progress(quiet=quiet or self.rank != 0)
+        start = self._on_main_process(lambda: find_start(recipe))
+        self.run, self.recipe = start.run, start.run.settings
+        self.step, self.images_seen = 0, 0
+        self.seconds = 0.0  # of training, over all sessions of the run
+        self.interrupted = False
+        self.meter = Meter(self.device, synchronize=synchronize)
+        self.stop_request = StopRequest()
+        for message in start.messages:
+            self.progress.say(message)
+
+        torch.manual_seed(self.recipe.seed)
+        self.task = build_task(self.recipe, self.device)
+        self.task.prepare_training()
+        self._check_processes()
+        self.loader = self._make_loader()
+        self._skipped: set[str] = set()
+        if start.checkpoint is not None:
+            self._restore(start)
+        self.trackers = Trackers(self.recipe, self.run) if self.rank == 0 else None
+
+    # Training.
+
+    def fit(self) -> None:
+        """Train to the recipe's length, or until SIGINT or SIGTERM, which finish the step and save."""
+        for _ in self:
+            pass
+
+    def __iter__(self) -> Iterator[StepResult]:
+        """Train step by step. Metrics, grids and checkpoints are written as in `fit`."""
+        total_images = round(self.recipe.kimg * 1000)
+        if self.images_seen >= total_images:
+            self.progress.say(f"{self.run.folder} has its {self.recipe.kimg:g} kimg already; kimg=... trains longer")
+            return
+        self._greet()
+        self.interrupted = False
+        batches = self.loader.iterate(self.images_seen)
+        losses: dict[str, list[float]] = {}
+        tick_seconds, tick_images = time.perf_counter(), self.images_seen
+        with self.stop_request.listening(), self.progress.bar(self.images_seen, total_images), closing(batches):
+            while self.images_seen < total_images and not self.interrupted:
+                before = self.images_seen
+                result = self.train_step(next(batches))
+                for name, loss in result.losses.items():
+                    losses.setdefault(name, []).append(loss)
+                self.interrupted = self._agreed(self.stop_request.asked)
+                last = self.images_seen >= total_images or self.interrupted
+                if last or self._crossed(before, self.recipe.log_kimg):
+                    seconds = time.perf_counter() - tick_seconds
+                    self.seconds += seconds
+                    self._log(losses, seconds, self.images_seen - tick_images)
+                    losses, tick_seconds, tick_images = {}, time.perf_counter(), self.images_seen
+                if last or self._crossed(before, self.recipe.snapshot_kimg):
+                    self.save(final=last)
+                yield result
+        if self.trackers is not None:
+            self.trackers.finish()
+        self.progress.say(f"{'stopped and saved' if self.interrupted else 'done'}: {self.run.folder}")
+
+    def train_step(self, batch: Batch) -> StepResult:
+        """Run each phase that is due once, over the whole batch."""
+        self._note_skipped(batch)
+        costs_before = {name: (cost.seconds, cost.count) for name, cost in self.meter.costs.items()}
+        start = self.images_seen
+        images = batch.images.to(self.device, non_blocking=True)  # uint8 [n, C, H, W]
+        losses = {}
+        for phase in self.task.phases:
+            if self.step % phase.every:
+                continue
+            self.progress.phase(phase.name)
+            with self.meter.phase(phase.name), phase.trainable():
+                micro_batches = phase.micro_batches(images, batch.labels, batch.position, start, self.recipe.seed)
+                loss, means = self.accumulate(phase, micro_batches)
+                losses[phase.name] = self.update(phase, loss)
+                if phase.finish is not None:
+                    phase.finish(means)
+        self.step += 1
+        self.images_seen += self.recipe.batch
+        self.task.end_step(self.step)
+        for average in self.task.averages:
+            average.update(self.images_seen, self.recipe.batch)
+        self.progress.advance(self.images_seen)
+        return StepResult(
+            step=self.step, images_seen=self.images_seen, losses=losses, costs=self._costs_since(costs_before, losses)
+        )
+
+    def accumulate(self, phase: Phase, micro_batches: Iterator[MicroBatch]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Sum the gradients of a phase; return its loss and what it reported, as means over all processes' samples."""
+        total = torch.zeros([], device=self.device)
+        reported: dict[str, Tensor] = {}
+        for micro in micro_batches:
+            loss = phase.loss(micro) * (len(micro) / phase.samples)
+            (loss * phase.every).backward()
+            total += loss.detach()
+            del loss  # its graph holds the activations
+            for name, value in micro.reported.items():
+                reported[name] = reported[name] + value if name in reported else value
+        means = {name: self._sum_over_processes(value) / phase.samples for name, value in sorted(reported.items())}
+        return self._sum_over_processes(total), means
+
+    def update(self, phase: Phase, loss: Tensor) -> float:
+        """Apply the accumulated gradients, unless something is not finite. Returns the loss."""
+        parameters = [p for p in phase.parameters() if self.world_size > 1 or p.grad is not None]
+        for parameter in parameters:
+            if self.world_size > 1:
+                grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                parameter.grad = self._sum_over_processes(grad)
+        grads = [p.grad for p in parameters if p.grad is not None]
+        if self._computes_fp16():  # a rare overflow in fp16 concerns single elements (StyleGAN2-ADA's practice)
+            for grad in grads:
+                torch.nan_to_num(grad, nan=0.0, posinf=1e5, neginf=-1e5, out=grad)
+        norm = torch.nn.utils.get_total_norm(grads, foreach=True)
+        loss_value, norm_value = torch.stack([loss, norm.to(loss)]).tolist()
+        if not (_finite(loss_value) and _finite(norm_value)):
+            for parameter in parameters:
+                parameter.grad = None
+            raise self._non_finite(phase, loss_value, norm_value)
+        if phase.clip_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, phase.clip_norm, norm, foreach=True)
+        phase.optimizer.step()
+        for parameter in parameters:
+            parameter.grad = None
+        return float(loss_value)
+
+    # Sampling and saving.
+
+    def sample(self, n: int, seed: int = 0, **options: Any) -> Tensor:
+        """n images of the averaged network, uint8 [n, C, H, W] on the CPU; image i depends on the seed and i alone."""
+        return self.task.sample(n, seed, **options)
+
+    def save(self, *, final: bool = False) -> Path | None:
+        """Write a sample grid and a checkpoint. A full disk loses neither the run nor older checkpoints.
+
+        Raises:
+            LowVRAMError: the disk is full and `final` leaves no later chance.
+        """
+        states = gather_object([rng.states(self.device)])
+        path = None
+        if self.rank == 0:
+            try:
+                self.save_samples()
+                path = checkpoints.write(
+                    self.run.checkpoints, self.step, self._checkpoint(states), keep=self.recipe.keep
+                )
+            except OSError as error:
+                problem = f"the checkpoint of step {self.step} could not be written to {self.run.folder}: {error}"
+                if final:
+                    raise LowVRAMError(problem, "Older checkpoints are whole. Free some space, then resume=auto.") from error
+                self.progress.say(f"{problem}. Training goes on; older checkpoints are whole. Free some space.")
+        self.accelerator.wait_for_everyone()
+        return path
+
+    def save_samples(self) -> None:
+        """Write fakes_KIMG.png, the same latents each time."""
+        images = self.task.sample(self.recipe.grid, seed=self.recipe.seed)
+        save_grid(images, self.run.grid_path(self.images_seen))
+
+    def _checkpoint(self, rng_states: list[dict[str, Any]]) -> checkpoints.Checkpoint:
+        tensors = {name: network.state_dict() for name, network in self.task.networks.items()}
+        tensors["task"] = self.task.tensors()
+        numbers: dict[str, Any] = {
+            "step": self.step,
+            "images_seen": self.images_seen,
+            "seconds": self.seconds,
+            "dataset": {"name": self.task.dataset().name, "fingerprint": self.task.dataset().fingerprint},
+            "optimizers": {},
+            "rng": [],
+        }
+        for name, optimizer in self.task.optimizers.items():
+            tensors[f"optimizer_{name}"], numbers["optimizers"][name] = checkpoints.pack_optimizer(optimizer)
+        for index, state in enumerate(rng_states):
+            tensors[f"rng_{index}"] = state["tensors"]
+            numbers["rng"].append(state["numbers"])
+        return checkpoints.Checkpoint(tensors=tensors, numbers=numbers)
+
+    def _restore(self, start: Start) -> None:
+        assert start.checkpoint is not None
+        saved = checkpoints.read(start.checkpoint)
+        for name, network in self.task.networks.items():
+            if name not in saved.tensors and name == "augment":  # augmentation was switched on by name
+                continue
+            load_network(network, saved.tensors.get(name, {}), name, start.checkpoint)
+        for name, optimizer in self.task.optimizers.items():
+            packed = saved.tensors[f"optimizer_{name}"]
+            checkpoints.unpack_optimizer(optimizer, packed, saved.numbers["optimizers"][name])
+        self.task.load_tensors(saved.tensors["task"])
+        self.step, self.images_seen = saved.numbers["step"], saved.numbers["images_seen"]
+        self.seconds = saved.numbers["seconds"]
+        if len(saved.numbers["rng"]) > self.rank:
+            rng.restore({"tensors": saved.tensors[f"rng_{self.rank}"], "numbers": saved.numbers["rng"][self.rank]}, self.device)
+        if saved.numbers["dataset"]["fingerprint"] != self.task.dataset().fingerprint:
+            was = saved.numbers["dataset"]["name"]
+            self.progress.say(f"the data set is not the one the run was begun with ({was}); its order starts anew from here")
+        if self.rank == 0:
+            self.run.drop_metrics_after(self.step)
+
+    # Around a step.
+
+    def _greet(self) -> None:
+        dataset = self.task.dataset()
+        source = "No data.path given: training on the built-in drawn faces" if self.recipe.data.path is None else dataset.name
+        self.progress.say(f"{source}, {len(dataset)} images at {self.recipe.resolution}x{self.recipe.resolution}")
+        if self.recipe.vram is not None:
+            self.progress.say(f"vram={self.recipe.vram} is checked and kept with the recipe; nothing is planned from it yet")
+        sizes = ", ".join(
+            f"{name} {sum(p.numel() for p in network.parameters()) / 1e6:.2f} M"
+            for name, network in self.task.networks.items()
+            if any(True for _ in network.parameters()) and name not in self.task.sampling_networks
+        )
+        self.progress.say(f"{sizes} parameters on {self.device}; run folder {self.run.folder}")
+        if self.images_seen == 0 and self.rank == 0:
+            count = min(self.recipe.grid, len(dataset))
+            save_grid(torch.stack([dataset[i] for i in range(count)]), self.run.folder / "reals.png")
+            self.save_samples()
+        if self.device.type == "cpu" and self.rank == 0:
+            for line in estimate_cpu_cost(self.task, self.recipe, self.world_size, self.images_seen):
+                self.progress.say(line)
+
+    def _log(self, losses: dict[str, list[float]], seconds: float, images: int) -> None:
+        costs = self.meter.take()
+        values: dict[str, Any] = {
+            "step": self.step,
+            "kimg": self.images_seen / 1000,
+            "s_per_kimg": seconds / images * 1000,
+            "seconds": round(self.seconds, 3),
+            **{f"loss/{name}": sum(all_) / len(all_) for name, all_ in losses.items()},
+            **self.task.status(),
+            "peak_allocated_bytes": max((c.allocated_bytes for c in costs.values()), default=0),
+            "peak_reserved_bytes": max((c.reserved_bytes for c in costs.values()), default=0),
+        }
+        for name, cost in costs.items():
+            values[f"seconds/{name}"] = cost.seconds / cost.count
+            values[f"peak_allocated_bytes/{name}"] = cost.allocated_bytes
+        if self._skipped:
+            values["skipped_files"] = len(self._skipped)
+        if self.rank == 0:
+            self.run.log(values)
+            self.progress.show(values, on_gpu=self.device.type == "cuda")
+            if self.trackers is not None:
+                self.trackers.log(values)
+
+    def _crossed(self, before: int, every_kimg: float) -> bool:
+        """Whether a multiple of so many kimg lies between the image counts before and now."""
+        every_images = every_kimg * 1000
+        return int(before // every_images) < int(self.images_seen // every_images)
+
+    def _costs_since(self, before: dict[str, tuple[float, int]], ran: dict[str, float]) -> dict[str, PhaseCost]:
+        out = {}
+        for name in ran:
+            cost, (seconds, count) = self.meter.costs[name], before.get(name, (0.0, 0))
+            out[name] = PhaseCost(
+                seconds=cost.seconds - seconds,
+                count=cost.count - count,
+                allocated_bytes=cost.allocated_bytes,
+                reserved_bytes=cost.reserved_bytes,
+            )
+        return out
+
+    def _note_skipped(self, batch: Batch) -> None:
+        for reason in batch.skipped:
+            if reason not in self._skipped:
+                self._skipped.add(reason)
+                self.progress.say(f"skipped {reason}")
+
+    def _non_finite(self, phase: Phase, loss: float, norm: float) -> NonFiniteError:
+        what = f"loss is {loss}" if not _finite(loss) else f"gradient norm is {norm}"
+        last = checkpoints.candidates(self.run.checkpoints)
+        remedy = f"{last[0]} is untouched: go on from it with resume=auto" if last else "Nothing was saved yet: start again"
+        return NonFiniteError(
+            f"phase {phase.name}: the {what} at step {self.step} ({self.images_seen / 1000:g} kimg).",
+            f"{remedy} and a lower optimizer.lr, a higher loss.r1_gamma, or precision=fp32.",
+        )
+
+    def _computes_fp16(self) -> bool:
+        if self.recipe.precision == "auto":
+            return self.device.type == "cuda"
+        return self.recipe.precision == "fp16"
+
+    # Processes.
+
+    def _make_loader(self) -> Loader:
+        data = self.recipe.data
+        return Loader(
+            self.task.dataset(),
+            batch=self.recipe.batch,
+            seed=self.recipe.seed,
+            mirror=data.mirror,
+            workers=data.workers,
+            group=self.task.group,
+            rank=self.rank,
+            world_size=self.world_size,
+        )
+
+    def _check_processes(self) -> None:
+        parts = self.world_size * self.task.group
+        if self.recipe.batch % parts:
+            raise LowVRAMError(
+                f"batch={self.recipe.batch} does not divide among {self.world_size} processes in groups of {self.task.group}.",
+                f"Use a multiple of {parts}.",
+            )
+
+    def _sum_over_processes(self, value: Tensor) -> Tensor:
+        if self.world_size == 1:
+            return value
+        summed: Tensor = self.accelerator.reduce(value, reduction="sum")
+        return summed
+
+    def _agreed(self, flag: bool) -> bool:
+        """Whether any process was asked to stop; all of them get the same answer."""
+        if self.world_size == 1:
+            return flag
+        return bool(self._sum_over_processes(torch.tensor(float(flag), device=self.device)) > 0)
+
+    def _on_main_process(self, find: Any) -> Start:
+        """Make or find the run folder in one process, and tell the others."""
+        outcome: list[Any] = [None]
+        if self.rank == 0:
+            try:
+                outcome = [find()]
+            except LowVRAMError as error:
+                outcome = [error]
+        if self.world_size > 1:
+            broadcast_object_list(outcome)
+        if isinstance(outcome[0], LowVRAMError):
+            raise outcome[0]
+        start: Start = outcome[0]
+        return start
+
+
+def _finite(value: float) -> bool:
+    return value - value == 0.0
