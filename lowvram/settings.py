@@ -11,9 +11,11 @@ from typing import Any
 
 from lowvram.errors import LowVRAMError
 
+TASKS = ("stylegan2",)
 PRECISIONS = ("auto", "fp32", "fp16", "bf16")
 LOGGERS = ("none", "tensorboard", "wandb")
 AUGMENT_MODES = ("none", "fixed", "ada")
+PIPELINES = ("blit", "geom", "color", "filter", "noise", "cutout", "bg", "bgc", "bgcf", "bgcfn", "bgcfnc")
 PHASES = ("G", "path_length", "D", "R1")
 
 _UNITS_BYTES = {"gb": 2**30, "gib": 2**30, "mb": 2**20, "mib": 2**20}
@@ -128,6 +130,7 @@ class AugmentSettings:
 
     def __post_init__(self) -> None:
         _one_of("augment.mode", self.mode, AUGMENT_MODES)
+        _one_of("augment.pipeline", self.pipeline, PIPELINES)
         _fraction("augment.p", self.p)
         _fraction("augment.target", self.target)
         _at_least("augment.interval", self.interval, 1)
@@ -184,6 +187,7 @@ class Settings:
         for name in ("kimg", "snapshot_kimg", "log_kimg"):
             if getattr(self, name) <= 0:
                 raise LowVRAMError(f"{name}={getattr(self, name)} must be above 0.", "It counts thousands of images.")
+        _one_of("task", self.task, TASKS)
         _one_of("logger", self.logger, LOGGERS)
         _one_of("precision", self.precision, PRECISIONS)
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", self.device):
@@ -210,6 +214,8 @@ class Settings:
                 continue
             _at_least(f"micro_batch.{phase}", micro, 1)
             whole = self.phase_batch(phase)
+            if micro >= whole:  # "at most so many": a smaller batch needs no other recipe
+                continue
             if phase in ("D", "R1", "G") and micro % group:
                 raise LowVRAMError(
                     f"micro_batch.{phase}={micro} must be a multiple of model.mbstd_group_size={group}, or the "

@@ -1,6 +1,6 @@
 """Frechet distance between two sets of features, from float64 statistics gathered batch by batch.
 
-    d^2 = |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))          (Heusel et al. 2017, arXiv 1706.08500, equation 6)
+d^2 = |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))          (Heusel et al. 2017, arXiv 1706.08500, equation 6)
 """
 
 from __future__ import annotations

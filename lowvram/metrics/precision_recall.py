@@ -11,7 +11,7 @@ _ROWS = 1000  # of the matrix of distances at a time: [1000, N] float32, 40 MB f
 
 
 class PrecisionRecall(NamedTuple):
-    """precision: the share of generated images that look real; recall: the share of real ones that could be generated."""
+    """precision: the share of generated images that look real. recall: of real ones that could be generated."""
 
     precision: float
     recall: float
@@ -27,7 +27,9 @@ def precision_recall(fake: Tensor, real: Tensor, neighbours: int = NEIGHBOURS) -
 
     least = min(len(fake), len(real))
     if least <= neighbours:
-        raise LowVRAMError(f"precision and recall can't be taken of {least} images.", f"Use n={neighbours + 1} or more.")
+        raise LowVRAMError(
+            f"precision and recall can't be taken of {least} images.", f"Use n={neighbours + 1} or more."
+        )
     values = prc_features_to_metric(
         fake, real, prc_neighborhood=neighbours, prc_batch_size=_ROWS, save_cpu_ram=True, verbose=False
     )

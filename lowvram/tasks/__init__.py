@@ -17,8 +17,6 @@ from lowvram.phase import Phase
 from lowvram.run import Run
 from lowvram.settings import Settings
 
-TASKS = ("stylegan2",)
-
 
 class Task(ABC):
     """Networks, phases and sampler of one kind of model.
@@ -90,8 +88,9 @@ class Task(ABC):
         noise_mode: str = "const",
         classes: list[int] | None = None,
         micro_batch: int | None = None,
+        start: int = 0,
     ) -> Tensor:
-        """n images, uint8 [n, C, H, W] on the CPU. Image i depends on the seed and i alone."""
+        """Images start ... start + n - 1 of a seed, uint8 [n, C, H, W] on the CPU. Image i depends on the seed and i."""
 
     @abstractmethod
     def interpolate(self, seed: int = 0, *, keyframes: int = 8, frames_per_keyframe: int = 30, **options: object) -> Iterator[Tensor]:
@@ -100,8 +99,6 @@ class Task(ABC):
 
 def build_task(settings: Settings, device: torch.device) -> Task:
     """The task that a recipe names, with freshly initialised networks on the device."""
-    if settings.task not in TASKS:
-        raise LowVRAMError(f"task={settings.task} is not known.", f"Use one of {', '.join(TASKS)}.")
     task: Task = import_module(f"lowvram.tasks.{settings.task}").build(settings, device)
     return task
 

@@ -222,6 +222,7 @@ class StyleGAN2Task(Task):
         noise_mode: str = "const",
         classes: list[int] | None = None,
         micro_batch: int | None = None,
+        start: int = 0,
     ) -> Tensor:
         return gan.sample_images(
             self.G_ema,
@@ -231,6 +232,7 @@ class StyleGAN2Task(Task):
             noise_mode=noise_mode,
             classes=classes,
             micro_batch=micro_batch or self._sampling_slice(),
+            start=start,
         )
 
     def interpolate(self, seed: int = 0, *, keyframes: int = 8, frames_per_keyframe: int = 30, **options: Any) -> Iterator[Tensor]:

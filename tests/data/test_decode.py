@@ -167,3 +167,10 @@ def test_decompression_bomb_is_refused_by_its_header(size, monkeypatch):
     monkeypatch.setattr(ImageFile.ImageFile, "load", decoded)
     with pytest.raises(BadImageError, match="decompression bomb"):
         square(raw_png(*size, 8, 2, b""))
+
+
+def test_the_crop_lets_in_nothing_from_beside_it():
+    """A resize that reads past the edge of its box would bleed black into the white square."""
+    wide = np.zeros((400, 1200, 3), np.uint8)
+    wide[:, 400:800] = 255
+    assert (square(encode(wide)) == 255).all()

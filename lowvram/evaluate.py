@@ -1,0 +1,151 @@
+"""`python -m lowvram.evaluate run=FOLDER`: how close a run's images come to its data."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lowvram.config import command
+from lowvram.errors import LowVRAMError
+from lowvram.sample import sample_batches
+
+if TYPE_CHECKING:
+    from lowvram.metrics.evaluation import Evaluation
+
+_ALL = "frechet,precision_recall,swd,fid"
+
+
+def _help(text: str) -> dict[str, str]:
+    return {"help": text}
+
+
+@dataclass(kw_only=True)
+class EvaluateOptions:
+    """Measure how close the images of a run's averaged generator come to the run's data set.
+
+    Prints a table and writes RUN/metrics/evaluation-STEP-....json. Statistics of the real images are kept in the
+    user's cache folder (or $LOWVRAM_CACHE), so that a second evaluation takes about half the time.
+    """
+
+    run: str = field(metadata=_help("the run folder that training wrote"))
+    n: int = field(default=10_000, metadata=_help("generated images; up to as many real ones"))
+    seed: int = field(default=0, metadata=_help("of the generated images"))
+    truncation: float = field(
+        default=1.0, metadata=_help("1 measures what was learned; less trades recall for precision")
+    )
+    noise: str = field(default="random", metadata=_help("random, const or none"))
+    metrics: str = field(default=_ALL, metadata=_help("some of these"))
+    floor: bool = field(default=True, metadata=_help("also measure between two halves of the real images"))
+    inception: str | None = field(default=None, metadata=_help("weights for FID (looked for in torch hub's cache)"))
+    checkpoint: str = field(default="latest", metadata=_help("a step's number, or latest"))
+    device: str = field(default="auto", metadata=_help("auto, cpu, cuda or cuda:N"))
+    micro_batch: int | None = field(default=None, metadata=_help("images generated at a time"))
+
+    def __post_init__(self) -> None:
+        if self.micro_batch is not None and self.micro_batch < 1:
+            raise LowVRAMError(f"micro_batch={self.micro_batch} is too small.", "Use 1 or more.")
+        if self.noise not in ("const", "random", "none"):
+            raise LowVRAMError(f"noise={self.noise} is not known.", "Use one of const, random, none.")
+
+
+def main(options: EvaluateOptions) -> None:
+    """Evaluate a run. Raises LowVRAMError for what is missing or unknown."""
+    from lowvram.run import Run
+    from lowvram.tasks import load_run
+
+    folder = Path(options.run).expanduser()
+    checkpoint = Run.open(folder).find_checkpoint(options.checkpoint).name
+    step = int(checkpoint.removeprefix("step-"))
+    task = load_run(folder, checkpoint=str(step), device=options.device)
+    metrics = [word.strip() for word in options.metrics.split(",") if word.strip()]
+    result = evaluate(
+        task,
+        n=options.n,
+        seed=options.seed,
+        truncation=options.truncation,
+        noise_mode=options.noise,
+        metrics=metrics,
+        floor=options.floor,
+        inception=options.inception,
+        micro_batch=options.micro_batch,
+    )
+    print(
+        f"lowvram: {folder} at step {step}: {result.generated_images:,} generated images, truncation "
+        f"{options.truncation:g}, against {result.real_images:,} of {task.dataset().name}"
+    )
+    print(result.table())
+    asked = {name: getattr(options, name) for name in ("seed", "truncation", "noise", "checkpoint")}
+    record = {"run": str(folder), "step": step, **asked, **result.as_dict()}
+    name = f"evaluation-{step:08d}-n{options.n}-seed{options.seed}-truncation{options.truncation:g}.json"
+    print(f"lowvram: wrote {_write(folder / 'metrics', name, record)}")
+
+
+def evaluate(
+    task: Any,
+    *,
+    n: int = 10_000,
+    seed: int = 0,
+    truncation: float = 1.0,
+    noise_mode: str = "random",
+    metrics: list[str] | None = None,
+    floor: bool = True,
+    inception: str | None = None,
+    micro_batch: int | None = None,
+    progress: bool = True,
+) -> Evaluation:
+    """Compare a task's images with its data set.
+
+    task: from `lowvram.tasks.load_run`, or a trainer's. Class-conditional ones draw classes as often as the data does.
+    metrics: some of lowvram.metrics.evaluation.METRICS, or None for all. See `evaluate_images` for the rest.
+    """
+    from lowvram.metrics.evaluation import METRICS, batch_size, check_counts, check_metrics, evaluate_images
+    from lowvram.metrics.real import real_indices
+
+    wanted = check_metrics(METRICS if metrics is None else metrics)
+    dataset, data = task.dataset(), task.settings.data
+    check_counts(n, dataset)
+    classes = None
+    if dataset.labels is not None:
+        classes = [int(dataset.labels[i]) for i in real_indices(len(dataset), len(dataset))]
+    generated = sample_batches(
+        task,
+        n,
+        seed,
+        batch=batch_size(dataset.resolution),
+        truncation_psi=truncation,
+        noise_mode=noise_mode,
+        classes=classes,
+        micro_batch=micro_batch,
+    )
+    return evaluate_images(
+        generated,
+        dataset,
+        n=n,
+        metrics=wanted,
+        floor=floor,
+        mirror=data.mirror,
+        inception=inception,
+        device=task.device,
+        workers=data.workers,
+        progress=progress,
+    )
+
+
+def _write(folder: Path, name: str, record: dict[str, Any]) -> Path:
+    """Write a JSON file in the folder, whole or not at all."""
+    partial = folder / f".{name}.partial"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(record, indent=2) + "\n")
+        partial.replace(folder / name)
+    except OSError as error:
+        raise LowVRAMError(
+            f"{folder / name} can't be written: {error.strerror}.", "Free some space; the numbers are above."
+        ) from error
+    return folder / name
+
+
+if __name__ == "__main__":
+    command(EvaluateOptions, main, "evaluate")

@@ -1,0 +1,165 @@
+"""y = conv(style * x, w), plain or transposed, lean in both derivatives. Shapes: x [B, I, H, W], w [O, I, k, k], style [B, I].
+
+A convolution is linear in x and in w, so its derivatives of every order are built of three maps: convolution, transposed
+convolution and weight gradient; here each is differentiated by the other two. PyTorch's own second derivative takes the
+weight's part by a convolution with kernels as large as the image, and a style applied outside would keep style * x.
+"""
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class _Geometry(NamedTuple):
+    """Of w [O, I, k, k]: a plain convolution leads from I to O channels, a transposed one from O to I."""
+
+    kernel: int
+    stride: int
+    padding: int
+    transposed: bool
+    output_padding: tuple[int, int] = (0, 0)
+
+    def adjoint(self, x: Tensor) -> "_Geometry":
+        """The geometry that leads from the output back to x [B, C, H, W]."""
+        if self.transposed:
+            return self._replace(transposed=False, output_padding=(0, 0))
+        # Pixels at the end that the stride did not reach belong to x all the same.
+        left_over = [(size + 2 * self.padding - self.kernel) % self.stride for size in x.shape[2:]]
+        return self._replace(transposed=True, output_padding=(left_over[0], left_over[1]))
+
+    def output_size(self, x: Tensor) -> list[int]:
+        """[H, W] of the output for x [B, C, H, W]."""
+        k, s, p = self.kernel, self.stride, 2 * self.padding
+        if self.transposed:
+            return [(size - 1) * s - p + k + o for size, o in zip(x.shape[2:], self.output_padding, strict=True)]
+        return [(size + p - k) // s + 1 for size in x.shape[2:]]
+
+
+def _convolve(x: Tensor, w: Tensor, geometry: _Geometry) -> Tensor:
+    _, stride, padding, transposed, output_padding = geometry
+    return torch.convolution(x, w, None, [stride] * 2, [padding] * 2, [1, 1], transposed, list(output_padding), 1)
+
+
+def reference(
+    x: Tensor, w: Tensor, style: Tensor | None = None, stride: int = 1, padding: int = 0, transposed: bool = False
+) -> Tensor:
+    """The meaning, differentiable by autograd to any order."""
+    if style is not None:
+        x = x * style[:, :, None, None]
+    return (F.conv_transpose2d if transposed else F.conv2d)(x, w, stride=stride, padding=padding)
+
+
+class _Convolve(torch.autograd.Function):
+    """The derivatives by x and style. The weight's is `proxy`'s, which autograd runs only where it is asked for.
+
+    (A Function that returns both can't know that a penalty's inner gradient asks for the image alone.)
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, w: Tensor, style: Tensor | None, proxy: Tensor | None, geometry: _Geometry
+    ) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.geometry, ctx.adjoint = geometry, geometry.adjoint(x)
+        ctx.save_for_backward(x if style is not None else None, w, style)
+        return _convolve(x if style is None else x * style[:, :, None, None], w, geometry)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, w, style = ctx.saved_tensors
+        (dy,) = grads
+        if dy is None:
+            return (None,) * 5
+        dx = dstyle = None
+        if ctx.needs_input_grad[0] or ctx.needs_input_grad[2]:
+            dx = _conv(dy, w, None, ctx.adjoint)
+            if style is not None:
+                if ctx.needs_input_grad[2]:
+                    dstyle = (dx * x).sum((2, 3))
+                dx = dx * style[:, :, None, None] if ctx.needs_input_grad[0] else None
+        return dx, None, dstyle, dy if ctx.needs_input_grad[3] else None, None
+
+
+class _WeightProxy(torch.autograd.Function):
+    """Stands for the weight in the graph: an output without memory, and a backward that is the weight gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, w: Tensor, inputs: tuple[Tensor, Tensor | None], shape: list[int], geometry: _Geometry
+    ) -> Tensor:
+        # x and style come in a tuple, so that this node is no way to x: it would run where only x is asked for.
+        ctx.set_materialize_grads(False)
+        ctx.geometry = geometry
+        ctx.save_for_backward(*inputs)
+        return w.new_zeros(()).expand(shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None, None]:
+        x, style = ctx.saved_tensors
+        (dy,) = grads
+        if dy is None:
+            return None, None, None, None
+        if style is not None:
+            x = x * style[:, :, None, None]  # again, rather than kept
+        plain = ctx.geometry._replace(transposed=False, output_padding=(0, 0))
+        dw = _WeightGrad.apply(x, dy, plain) if ctx.geometry.transposed else _WeightGrad.apply(dy, x, plain)
+        return dw, None, None, None
+
+
+class _WeightGrad(torch.autograd.Function):
+    """d(sum(dy * conv(x, w))) / dw for a plain convolution: dy [B, O, h, w], x [B, I, H, W] -> [O, I, k, k]."""
+
+    @staticmethod
+    def forward(ctx: Any, dy: Tensor, x: Tensor, geometry: _Geometry) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.geometry = geometry
+        ctx.save_for_backward(dy, x)
+        kernel, stride, padding, _, _ = geometry
+        w = dy.new_empty(dy.shape[1], x.shape[1], kernel, kernel)  # only its shape is read
+        return torch.ops.aten.convolution_backward(
+            dy, x, w, None, [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], 1, [False, True, False]
+        )[1]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:
+        dy, x = ctx.saved_tensors
+        (dw,) = grads
+        if dw is None:
+            return None, None, None
+        d_dy = _conv(x, dw, None, ctx.geometry) if ctx.needs_input_grad[0] else None
+        dx = _conv(dy, dw, None, ctx.geometry.adjoint(x)) if ctx.needs_input_grad[1] else None
+        return d_dy, dx, None
+
+
+def _conv(x: Tensor, w: Tensor, style: Tensor | None, geometry: _Geometry) -> Tensor:
+    proxy = None
+    if w.requires_grad and torch.is_grad_enabled():
+        shape = [x.shape[0], w.shape[1 if geometry.transposed else 0], *geometry.output_size(x)]
+        proxy = _WeightProxy.apply(w, (x, style), shape, geometry)
+    return _Convolve.apply(x, w, style, proxy, geometry)
+
+
+def conv2d(
+    x: Tensor,
+    w: Tensor,
+    *,
+    style: Tensor | None = None,
+    stride: int = 1,
+    padding: int = 0,
+    transposed: bool = False,
+    impl: Literal["auto", "reference"] = "auto",
+) -> Tensor:
+    """Convolution (a correlation, as everywhere in PyTorch) of style * x; exact first and second derivatives.
+
+    x: [B, I, H, W]; w: [O, I, k, k], for transposed=True [I, O, k, k], in x's dtype; style: [B, I] in x's dtype, or None.
+    Keeps x, w and style for the backward, and nothing else. Returns what F.conv2d or F.conv_transpose2d would.
+    """
+    if w.ndim != 4 or w.shape[2] != w.shape[3] or x.ndim != 4 or x.shape[1] != w.shape[0 if transposed else 1]:
+        raise ValueError(f"x {tuple(x.shape)} and w {tuple(w.shape)} don't fit a convolution with a square kernel")
+    if impl == "reference":
+        return reference(x, w, style, stride, padding, transposed)
+    if impl != "auto":
+        raise ValueError(f'impl={impl!r} is not known; use "auto" or "reference"')
+    return _conv(x, w, style, _Geometry(w.shape[2], stride, padding, transposed))

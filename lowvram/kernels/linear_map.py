@@ -1,0 +1,47 @@
+"""y = A x for a fixed linear map A, of which autograd keeps only the constants that define A.
+
+PyTorch's own convolutions and samplers save their input for the gradient with respect to their weights, even where
+nobody asks for it. A map whose weights are constants needs nothing of its input: its derivative is its adjoint, whose
+derivative is the map again, and so on to any order.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+Map = Callable[..., Tensor]
+
+
+def linear_map(x: Tensor, forward: Map, adjoint: Map, *constants: Tensor) -> Tensor:
+    """`forward(x, *constants)`, differentiable with respect to x any number of times.
+
+    x: any floating-point tensor. forward: linear in its first argument; run without autograd and without autocast.
+    adjoint: its transpose: takes a tensor of the output's shape and the same constants, returns one of x's shape.
+    constants: tensors that get no gradient, all that is saved for the backward.
+    """
+    return cast(Tensor, _LinearMap.apply(x, forward, adjoint, *constants))
+
+
+class _LinearMap(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, forward: Map, adjoint: Map, *constants: Tensor) -> Tensor:
+        ctx.maps = forward, adjoint
+        ctx.save_for_backward(*constants)
+        with _no_autocast(x.device.type):
+            return forward(x, *constants)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        forward, adjoint = ctx.maps
+        grad_x = linear_map(grads[0], adjoint, forward, *ctx.saved_tensors) if ctx.needs_input_grad[0] else None
+        return grad_x, None, None, *[None] * len(ctx.saved_tensors)
+
+
+def _no_autocast(device_type: str) -> AbstractContextManager[Any]:
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()  # "meta" has no autocast

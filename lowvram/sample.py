@@ -1,0 +1,200 @@
+"""`python -m lowvram.sample run=FOLDER`: images of a trained run as files, or a looping animation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lowvram.config import command
+from lowvram.errors import LowVRAMError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_GRID_PIXELS = 8192  # a side of grid.png at most
+_WALK_PIXELS = 512  # about the side of an animation, unless n is given
+_MOST_WALKS = 16
+
+
+def _help(text: str) -> dict[str, str]:
+    return {"help": text}
+
+
+@dataclass(kw_only=True)
+class SampleOptions:
+    """Write what a trained run makes: one PNG for each image and grid.png, or with interpolate=true a looping walk."""
+
+    run: str = field(metadata=_help("the run folder that training wrote"))
+    n: int | None = field(default=None, metadata=_help("images (16); with interpolate, walks side by side"))
+    seed: int = field(default=0, metadata=_help("image i depends on the seed and i alone"))
+    out: str | None = field(default=None, metadata=_help("folder to write to (RUN/samples, or the next free one)"))
+    truncation: float = field(
+        default=1.0, metadata=_help("1 for full variety, 0.7 for safer images, 0 for the average")
+    )
+    noise: str = field(default="const", metadata=_help("const, random or none"))
+    classes: str | None = field(default=None, metadata=_help("numbers or names, such as 3 or red,blue (all in turn)"))
+    checkpoint: str = field(default="latest", metadata=_help("a step's number, or latest"))
+    device: str = field(default="auto", metadata=_help("auto, cpu, cuda or cuda:N"))
+    micro_batch: int | None = field(default=None, metadata=_help("images at a time (as the run's memory allows)"))
+    interpolate: bool = field(default=False, metadata=_help("write a looping walk through the latent space"))
+    format: str = field(default="webp", metadata=_help("of the animation: webp or mp4"))
+    seconds: float = field(default=8.0, metadata=_help("length of the animation"))
+    fps: int = field(default=24, metadata=_help("frames a second"))
+
+    def __post_init__(self) -> None:
+        for name in ("n", "micro_batch", "fps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise LowVRAMError(f"{name}={value} is too small.", "Use 1 or more.")
+        if not 0 < self.seconds <= 3600:
+            raise LowVRAMError(f"seconds={self.seconds} is no length for an animation.", "Use 8, or up to 3600.")
+        if not -10 <= self.truncation <= 10:
+            raise LowVRAMError(f"truncation={self.truncation} is out of range.", "Use a value from 0 to 1.")
+        if self.noise not in ("const", "random", "none"):
+            raise LowVRAMError(f"noise={self.noise} is not known.", "Use one of const, random, none.")
+        if self.format not in ("webp", "mp4"):
+            raise LowVRAMError(f"format={self.format} is not known.", "Use one of webp, mp4.")
+
+
+def main(options: SampleOptions) -> None:
+    """Sample a run. Raises LowVRAMError for what is missing, unknown or in the way."""
+    from lowvram.tasks import load_run
+
+    run = Path(options.run).expanduser()
+    _check_out(options.out)
+    task = load_run(run, checkpoint=options.checkpoint, device=options.device)
+    classes = pick_classes(options.classes, task)
+    try:
+        path = animate(options, task, run, classes) if options.interpolate else images(options, task, run, classes)
+    except OSError as error:
+        raise LowVRAMError(
+            f"the samples can't be written: {error}", "Free some space, or choose another out=FOLDER."
+        ) from error
+    print(f"lowvram: wrote {path}")
+
+
+def images(options: SampleOptions, task: Any, run: Path, classes: list[int] | None) -> str:
+    """Write n images, each as it is made, and a grid of as many as fit. Returns what was written, in words."""
+    import torch
+    from tqdm import tqdm
+
+    from lowvram.sampling.grids import save_grid, save_png
+
+    n = 16 if options.n is None else options.n
+    digits = max(5, len(str(n - 1)))
+    names = [f"seed{options.seed:04d}_{i:0{digits}d}.png" for i in range(n)]
+    resolution = task.settings.resolution
+    most = max(1, _GRID_PIXELS // resolution) ** 2
+    shown: list[Tensor] = []
+    batches = sample_batches(
+        task,
+        n,
+        options.seed,
+        batch=min(16, options.micro_batch or 16),
+        truncation_psi=options.truncation,
+        noise_mode=options.noise,
+        classes=classes,
+        micro_batch=options.micro_batch,
+    )
+    first = next(batches)  # before the folder is made, so that a refused option leaves nothing behind
+    out = _make_out(options.out, run, [*names, "grid.png"])
+    done = 0
+    with tqdm(total=n, unit="img", desc="samples", leave=False) as bar:
+        for batch in _chain(first, batches):
+            for image in batch:
+                save_png(image, out / names[done])
+                done += 1
+            shown.append(batch[: max(0, most - (done - len(batch)))])
+            bar.update(len(batch))
+    save_grid(torch.cat(shown), out / "grid.png")
+    limited = f" (the first {most:,})" if n > most else ""
+    return f"{n:,} images and grid.png{limited} to {out}"
+
+
+def animate(options: SampleOptions, task: Any, run: Path, classes: list[int] | None) -> str:
+    """Write a looping walk. Returns what was written, in words."""
+    from tqdm import tqdm
+
+    from lowvram.sampling.animation import check_animation, save_animation
+    from lowvram.sampling.grids import grid_shape
+
+    resolution = task.settings.resolution
+    rows, cols = grid_shape(options.n or min(_MOST_WALKS, max(1, _WALK_PIXELS // resolution) ** 2))
+    keyframes = max(2, round(options.seconds))  # a new face each second
+    per_keyframe = max(1, round(options.seconds * options.fps / keyframes))
+    total = keyframes * per_keyframe
+    check_animation(options.format, total, rows * resolution, cols * resolution)
+    frames = task.interpolate(
+        options.seed,
+        keyframes=keyframes,
+        frames_per_keyframe=per_keyframe,
+        truncation_psi=options.truncation,
+        noise_mode=options.noise,
+        classes=classes,
+        rows=rows,
+        cols=cols,
+        **({"micro_batch": options.micro_batch} if options.micro_batch else {}),
+    )
+    name = f"interpolation_seed{options.seed:04d}.{options.format}"
+    out = _make_out(options.out, run, [name])
+    shown = tqdm(frames, total=total, unit="frame", desc="frames", leave=False)
+    save_animation(shown, out / name, format=options.format, fps=total / options.seconds)
+    return f"{total} frames of {rows}x{cols} walks, {options.seconds:g} s, to {out / name}"
+
+
+def sample_batches(task: Any, n: int, seed: int, *, batch: int, **options: Any) -> Iterator[Tensor]:
+    """Images 0 ... n - 1 of a task, in uint8 batches [batch, C, R, R]."""
+    for start in range(0, n, batch):
+        yield task.sample(min(batch, n - start), seed, start=start, **options)
+
+
+def pick_classes(text: str | None, task: Any) -> list[int] | None:
+    """Classes as given on the command line: numbers, or names of the run's data set, with commas between them."""
+    if text is None:
+        return None
+    words = [word.strip(" '\"") for word in text.split(",") if word.strip()]
+    if not words:
+        raise LowVRAMError(f"classes={text} names no class.", "Give numbers or names, or leave classes out.")
+    if all(word.lstrip("-").isdigit() for word in words):
+        return [int(word) for word in words]
+    names = list(task.dataset().class_names)
+    for word in words:
+        if word not in names and not word.isdigit():
+            known = f"Known: {', '.join(names)}." if names else "This run has no class names: leave classes out."
+            raise LowVRAMError(f"class {word} is not known.", known)
+    return [names.index(word) if word in names else int(word) for word in words]
+
+
+def _check_out(out: str | None) -> None:
+    if out is not None and Path(out).expanduser().exists() and not Path(out).expanduser().is_dir():
+        raise LowVRAMError(f"out={out} is a file.", "Give a folder.")
+
+
+def _make_out(out: str | None, run: Path, names: list[str]) -> Path:
+    """The folder to write to. Nothing that is there is overwritten."""
+    if out is None:
+        number, folder = 1, run / "samples"
+        while folder.exists():
+            number += 1
+            folder = run / f"samples-{number}"
+    else:
+        folder = Path(out).expanduser()
+        there = next((name for name in names if (folder / name).exists()), None)
+        if there is not None:
+            raise LowVRAMError(f"out={out} holds {there} already.", "Remove it, or choose another out=FOLDER.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LowVRAMError(f"out={folder} can't be made: {error.strerror}.", "Choose another out=FOLDER.") from error
+    return folder
+
+
+def _chain(first: Tensor, rest: Iterator[Tensor]) -> Iterator[Tensor]:
+    yield first
+    yield from rest
+
+
+if __name__ == "__main__":
+    command(SampleOptions, main, "sample")

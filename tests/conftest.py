@@ -1,0 +1,60 @@
+"""What all tests share: a cache of their own, one thread, and a recipe small enough for seconds."""
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+# Subprocesses inherit these; a cache of the user's must neither help nor be written.
+os.environ["LOWVRAM_CACHE"] = os.environ.get("LOWVRAM_TEST_CACHE") or tempfile.mkdtemp(prefix="lowvram-test-cache-")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["WANDB_MODE"] = "offline"
+
+import torch
+from hypothesis import settings
+
+settings.register_profile("lowvram", deadline=None, derandomize=True)  # shared machines are slow at times
+settings.load_profile("lowvram")
+
+TINY = (
+    "resolution=16",
+    "batch=8",
+    "model.z_dim=16",
+    "model.w_dim=16",
+    "model.mapping_layers=2",
+    "model.channel_base=256",
+    "model.channel_max=16",
+    "loss.path_length_every=2",
+    "loss.r1_every=2",
+    "augment.mode=ada",
+    "augment.p=0.2",
+    "augment.interval=2",
+    "augment.adjust_kimg=1",
+    "data.builtin_count=40",
+    "data.workers=0",
+    "data.mirror=true",
+    "grid=4",
+    "log_kimg=0.016",
+    "device=cpu",
+)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Callable[..., object]:
+    """tiny("batch=16", ...) is a recipe of all four phases and ADA that takes some 50 ms a step."""
+    from lowvram import load_recipe
+
+    def make(*overrides: str) -> object:
+        return load_recipe("faces32", [*TINY, f"out={tmp_path / 'run'}", *overrides])
+
+    return make
