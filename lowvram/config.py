@@ -4,6 +4,8 @@ Hydra composes (conf/), OmegaConf holds the types (lowvram.settings). What users
 """
 
 import dataclasses
+import inspect
+import json
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -58,10 +60,10 @@ def to_settings(composed: DictConfig, overrides: list[str]) -> Settings:
     with friendly_errors():
         values = OmegaConf.to_container(composed, resolve=True)
     assert isinstance(values, dict)
-    values = {str(key): value for key, value in values.items() if key != "hydra"}
+    plain: dict[str, Any] = {str(key): value for key, value in values.items() if key != "hydra"}
     names = [o.lstrip("+~").split("=")[0] for o in overrides]
-    values["overrides"] = [n for n in names if n != "recipe" and not n.startswith("hydra.")]
-    return settings_from(values)
+    plain["overrides"] = [n for n in names if n != "recipe" and not n.startswith("hydra.")]
+    return settings_from(plain)
 
 
 def settings_from(values: dict[str, Any]) -> Settings:
@@ -230,11 +232,11 @@ def _parse_options(options_type: type[_Options], words: list[str]) -> _Options:
 
 
 def _options_help(options_type: type, name: str) -> str:
-    summary = (options_type.__doc__ or "").strip()
+    summary = inspect.cleandoc(options_type.__doc__ or "")
     lines = [f"python -m lowvram.{name} option=value ...", "", summary, ""]
     for field in dataclasses.fields(options_type):
         has_default = field.default is not dataclasses.MISSING
-        default = ("null" if field.default is None else str(field.default)) if has_default else "..."
+        default = json.dumps(field.default).strip('"') if has_default else "..."
         lines.append(f"  {field.name + '=' + default:<24} {field.metadata.get('help', '')}")
     return "\n".join(lines)
 

@@ -1,7 +1,7 @@
 """The averaged network that samples are drawn from."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class ExponentialMovingAverage:
@@ -27,7 +27,8 @@ class ExponentialMovingAverage:
         if self.rampup is not None:
             half_life_images = min(half_life_images, images_seen * self.rampup)
         beta = 0.5 ** (batch / max(half_life_images, 1e-8))
-        averaged, current = list(self.target.parameters()), list(self.source.parameters())
+        averaged: list[Tensor] = list(self.target.parameters())
+        current: list[Tensor] = list(self.source.parameters())
         torch._foreach_lerp_(averaged, current, 1 - beta)
         for kept, new in zip(self.target.buffers(), self.source.buffers(), strict=True):
             kept.copy_(new)

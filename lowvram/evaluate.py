@@ -38,6 +38,7 @@ class EvaluateOptions:
     noise: str = field(default="random", metadata=_help("random, const or none"))
     metrics: str = field(default=_ALL, metadata=_help("some of these"))
     floor: bool = field(default=True, metadata=_help("also measure between two halves of the real images"))
+    feature_size: int = field(default=224, metadata=_help("input of EfficientNet-Lite0; 96 is six times as quick"))
     inception: str | None = field(default=None, metadata=_help("weights for FID (looked for in torch hub's cache)"))
     checkpoint: str = field(default="latest", metadata=_help("a step's number, or latest"))
     device: str = field(default="auto", metadata=_help("auto, cpu, cuda or cuda:N"))
@@ -68,6 +69,7 @@ def main(options: EvaluateOptions) -> None:
         noise_mode=options.noise,
         metrics=metrics,
         floor=options.floor,
+        feature_size=options.feature_size,
         inception=options.inception,
         micro_batch=options.micro_batch,
     )
@@ -91,6 +93,7 @@ def evaluate(
     noise_mode: str = "random",
     metrics: list[str] | None = None,
     floor: bool = True,
+    feature_size: int = 224,
     inception: str | None = None,
     micro_batch: int | None = None,
     progress: bool = True,
@@ -126,6 +129,7 @@ def evaluate(
         metrics=wanted,
         floor=floor,
         mirror=data.mirror,
+        feature_size=feature_size,
         inception=inception,
         device=task.device,
         workers=data.workers,

@@ -14,10 +14,10 @@ def start_missing_processes() -> None:
     if wanted <= 1:
         return
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
-    port = environment.pop("MASTER_PORT", "0")
-    environment.pop("MASTER_ADDR", None)
+    for name in ("MASTER_ADDR", "MASTER_PORT"):  # torchrun finds a free port itself
+        environment.pop(name, None)
     environment.setdefault("OMP_NUM_THREADS", "1")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(wanted), "--master_port", port]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(wanted)]
     os.execvpe(sys.executable, [*torchrun, "-m", "lowvram.train", *sys.argv[1:]], environment)
 
 

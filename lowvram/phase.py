@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from lowvram.models import seeded
+from lowvram import seeded
 
 
 @dataclass(kw_only=True)

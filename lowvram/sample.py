@@ -78,8 +78,8 @@ def main(options: SampleOptions) -> None:
 def images(options: SampleOptions, task: Any, run: Path, classes: list[int] | None) -> str:
     """Write n images, each as it is made, and a grid of as many as fit. Returns what was written, in words."""
     import torch
-    from tqdm import tqdm
 
+    from lowvram.sampling.bars import bar
     from lowvram.sampling.grids import save_grid, save_png
 
     n = 16 if options.n is None else options.n
@@ -101,13 +101,13 @@ def images(options: SampleOptions, task: Any, run: Path, classes: list[int] | No
     first = next(batches)  # before the folder is made, so that a refused option leaves nothing behind
     out = _make_out(options.out, run, [*names, "grid.png"])
     done = 0
-    with tqdm(total=n, unit="img", desc="samples", leave=False) as bar:
+    with bar(n, "samples", "img") as progress:
         for batch in _chain(first, batches):
             for image in batch:
                 save_png(image, out / names[done])
                 done += 1
             shown.append(batch[: max(0, most - (done - len(batch)))])
-            bar.update(len(batch))
+            progress.update(len(batch))
     save_grid(torch.cat(shown), out / "grid.png")
     limited = f" (the first {most:,})" if n > most else ""
     return f"{n:,} images and grid.png{limited} to {out}"
@@ -115,9 +115,8 @@ def images(options: SampleOptions, task: Any, run: Path, classes: list[int] | No
 
 def animate(options: SampleOptions, task: Any, run: Path, classes: list[int] | None) -> str:
     """Write a looping walk. Returns what was written, in words."""
-    from tqdm import tqdm
-
     from lowvram.sampling.animation import check_animation, save_animation
+    from lowvram.sampling.bars import bar
     from lowvram.sampling.grids import grid_shape
 
     resolution = task.settings.resolution
@@ -139,8 +138,8 @@ def animate(options: SampleOptions, task: Any, run: Path, classes: list[int] | N
     )
     name = f"interpolation_seed{options.seed:04d}.{options.format}"
     out = _make_out(options.out, run, [name])
-    shown = tqdm(frames, total=total, unit="frame", desc="frames", leave=False)
-    save_animation(shown, out / name, format=options.format, fps=total / options.seconds)
+    with bar(total, "frames", "frame") as progress:
+        save_animation(_counted(frames, progress), out / name, format=options.format, fps=total / options.seconds)
     return f"{total} frames of {rows}x{cols} walks, {options.seconds:g} s, to {out / name}"
 
 
@@ -189,6 +188,12 @@ def _make_out(out: str | None, run: Path, names: list[str]) -> Path:
     except OSError as error:
         raise LowVRAMError(f"out={folder} can't be made: {error.strerror}.", "Choose another out=FOLDER.") from error
     return folder
+
+
+def _counted(frames: Iterator[Tensor], progress: Any) -> Iterator[Tensor]:
+    for frame in frames:
+        yield frame
+        progress.update()
 
 
 def _chain(first: Tensor, rest: Iterator[Tensor]) -> Iterator[Tensor]:

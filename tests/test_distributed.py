@@ -22,7 +22,7 @@ def losses(folder: Path) -> list[dict[str, float]]:
 
 
 def launch(cwd: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", "0"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2"]
     return subprocess.run(
         [*command, "-m", "lowvram.train", *words],
         cwd=cwd, env=environment(), capture_output=True, text=True, timeout=300, check=False, stdin=subprocess.DEVNULL,

@@ -15,6 +15,7 @@ import sys
 import threading
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +202,7 @@ class Loader:
 
     def _run(self, start: int) -> Generator[Batch, None, None]:
         parcels = _iterator(self._data_loader(start))
+        at_exit = Finalize(None, _kill_workers, (parcels,), exitpriority=100)
         try:
             while True:
                 try:
@@ -217,7 +219,8 @@ class Loader:
         finally:
             # Dropping the iterator ends the workers, but after an error its traceback still holds it: end them now.
             getattr(parcels, "_shutdown_workers", lambda: None)()
-            del parcels
+            at_exit.cancel()
+            del parcels, at_exit
 
     def _open(self, parcel: _Parcel) -> Batch:
         if parcel.error is not None:
@@ -264,6 +267,15 @@ def _iterator(data_loader: DataLoader[_Parcel]) -> Iterator[_Parcel]:
     if before is not None:
         signal.signal(signal.SIGCHLD, before)
     return parcels
+
+
+def _kill_workers(parcels: Iterator[_Parcel]) -> None:
+    """End the workers of a stream that is still open when the process exits.
+
+    Python would send them SIGTERM, which they ignore, and then wait for ever.
+    """
+    for worker in getattr(parcels, "_workers", []):
+        worker.kill()
 
 
 def _as_is(parcel: Any) -> Any:

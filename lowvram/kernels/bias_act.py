@@ -1,4 +1,4 @@
-"""y = clamp(gain * act(scale * x + noise + b)). Shapes: x [N, C, ...], b [C], scale [N, C], noise [N, 1, H, W]. Saves y only.
+"""y = clamp(gain * act(scale * x + noise + b)), saving y only. x [N, C, ...], b [C], scale [N, C], noise [N, 1, H, W].
 
 The derivative of leaky ReLU is known from the sign of y, that of the clamp from |y| == clamp, and both are constant
 pieces: one saved tensor serves the first derivative and the second. Plain PyTorch keeps one per operation.
@@ -77,8 +77,7 @@ class _BiasAct(torch.autograd.Function):
             ctx.mark_dirty(x)
         ctx.settings = settings
         needs_y = act == "lrelu" or clamp is not None or scale is not None
-        # Bias, scale and noise are small; the two latter are needed only for the scale's derivative.
-        ctx.has_bias = b is not None
+        # Bias, scale and noise are small beside y.
         ctx.save_for_backward(y if needs_y else None, b, scale, noise)
         return y
 
@@ -88,13 +87,16 @@ class _BiasAct(torch.autograd.Function):
         (dy,) = grads
         act, gain, clamp, _ = ctx.settings
         needs_x, needs_b, needs_scale, needs_noise, _ = ctx.needs_input_grad
-        g = _BiasActGrad.apply(dy, y, act, gain, clamp)  # by the argument of the activation
+        unclamped = dy
+        if needs_scale and clamp is not None:  # the scale's derivative wants this step by itself
+            unclamped, clamp = _BiasActGrad.apply(dy, y, "linear", 1.0, clamp), None
+        g = _BiasActGrad.apply(unclamped, y, act, gain, clamp)  # by the argument of the activation
         wide = torch.promote_types(g.dtype, torch.float32)  # a half-width sum over B*H*W loses the small terms
         dx = db = dscale = dnoise = None
         if needs_x:
             dx = g if scale is None else g * scale[:, :, None, None]
         if needs_scale:
-            dscale = _scale_grad(dy, g, y, b, scale, noise, clamp)
+            dscale = _scale_grad(unclamped, g, y, b, scale, noise)
         if needs_b:
             db = g.sum([i for i in range(g.ndim) if i != 1], dtype=wide).to(b.dtype)
         if needs_noise:
@@ -103,13 +105,13 @@ class _BiasAct(torch.autograd.Function):
 
 
 def _scale_grad(
-    dy: Tensor, g: Tensor, y: Tensor, b: Tensor | None, scale: Tensor, noise: Tensor | None, clamp: float | None
+    unclamped: Tensor, g: Tensor, y: Tensor, b: Tensor | None, scale: Tensor, noise: Tensor | None
 ) -> Tensor:
     """sum over H, W of g * x, without x: scale * x is the activation's argument less noise and bias.
 
-    The activation is positively homogeneous, so g * argument = dy * y wherever y is not clamped (and g = 0 where it is).
+    The activation is positively homogeneous, so g * argument = dy * y wherever y is not clamped, and zero where it is.
+    unclamped: dy, zero where y is clamped.
     """
-    unclamped = dy if clamp is None else _BiasActGrad.apply(dy, y, "linear", 1.0, clamp)
     wide = torch.promote_types(g.dtype, torch.float32)
     total = (unclamped * y).sum((2, 3), dtype=wide)  # [N, C]
     if noise is not None:
@@ -121,7 +123,7 @@ def _scale_grad(
 
 
 class _BiasActGrad(torch.autograd.Function):
-    """dx = dy * (derivative read off y). Linear in dy, and constant in y almost everywhere: it is its own derivative."""
+    """dx = dy * (derivative read off y): linear in dy, constant in y almost everywhere, so its own derivative."""
 
     @staticmethod
     def forward(ctx: Any, dy: Tensor, y: Tensor | None, act: Activation, gain: float, clamp: float | None) -> Tensor:
@@ -136,7 +138,7 @@ class _BiasActGrad(torch.autograd.Function):
 
 
 def grad_from_output(dy: Tensor, y: Tensor | None, act: Activation, gain: float, clamp: float | None) -> Tensor:
-    """dy * gain * act'(x + b) * [not clamped], all read off y; not recorded by autograd when called inside a Function."""
+    """dy * gain * act'(argument) * [not clamped], all read off y, in one new tensor."""
     aten = torch.ops.aten
     dx = aten.leaky_relu_backward(dy, y, LEAK, True) if act == "lrelu" else None
     if clamp is not None:  # zero where |y| == clamp

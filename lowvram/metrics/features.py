@@ -33,15 +33,20 @@ class EfficientNetLite0:
     Images are resized to 224x224 (bicubic, with antialiasing where they shrink), clamped to [0, 255] and normalised
     as (x - 127) / 128, as this network was trained. With this, it tells a cat from an espresso; batch normalisation
     uses its running statistics, so that an image's features do not depend on its batch.
+
+    size: pixels a side to resize to. A smaller one is quicker (96: a sixth of the time), and another metric: features
+        are larger and distances with them (a fresh 32x32 generator to the built-in faces: 330 at 224, 1,440 at 96).
     """
 
-    name = "efficientnet_lite0"
-    version = "efficientnet_lite0-pool-224-bicubic-1"
     dim = 1280
-    size = 224
 
-    def __init__(self, device: torch.device | str = "cpu") -> None:
+    def __init__(self, device: torch.device | str = "cpu", size: int = 224) -> None:
         self.device = torch.device(device)
+        if size < 32:
+            raise LowVRAMError(f"feature_size={size} is too small for EfficientNet-Lite0.", "Use 224, or at least 32.")
+        self.size = size
+        self.name = "efficientnet_lite0" if size == 224 else f"efficientnet_lite0_{size}px"
+        self.version = f"efficientnet_lite0-pool-{size}-bicubic-1"
         self.network = _load_efficientnet_lite0().to(self.device)
 
     @torch.inference_mode()

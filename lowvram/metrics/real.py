@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from lowvram import seeded
 from lowvram.data.image_cache import cache_root
 from lowvram.metrics.features import FeatureExtractor
 from lowvram.metrics.frechet import Gaussian
-from lowvram.models import seeded
 
 log = logging.getLogger(__name__)
 

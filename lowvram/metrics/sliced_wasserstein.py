@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lowvram import seeded
 from lowvram.errors import LowVRAMError
-from lowvram.models import seeded
 
 PATCH = 7
 PATCHES_PER_IMAGE = 128
@@ -90,7 +90,8 @@ class PatchDescriptors:
 
     def levels(self) -> dict[int, Tensor]:
         """By resolution, the finest first: half precision [images, patches, C, 7, 7]."""
-        return {resolution: torch.cat(batches) for resolution, batches in self._levels.items()}
+        self._levels = {resolution: [torch.cat(batches)] for resolution, batches in self._levels.items()}
+        return {resolution: batches[0] for resolution, batches in self._levels.items()}
 
 
 def sliced_wasserstein(a: Tensor, b: Tensor, *, seed: int = 0, directions: int = DIRECTIONS) -> float:

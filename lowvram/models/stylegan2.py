@@ -59,9 +59,11 @@ class Mapping(nn.Module):
                 f"c has shape {tuple(c.shape)}, but this network has no classes (c_dim=0)",
                 "Leave c out, or build the network with c_dim set to the number of classes.",
             )
-        x = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
-        if len(parts) == 2 and len(parts[0]) != len(parts[1]):  # pragma: no cover - torch.cat names the sizes first
-            raise AssertionError
+        if len(parts) == 2 and len(parts[0]) != len(parts[1]):
+            raise LowVRAMError(
+                f"c has {len(parts[1])} rows for {len(parts[0])} rows of z", "Pass one label for each sample."
+            )
+        x = torch.cat(parts, dim=1)
         for i in range(self.num_layers):
             x = getattr(self, f"fc{i}")(x)  # [B, w_dim]
         if self.num_ws is None:
@@ -83,14 +85,13 @@ def _normalised(x: Tensor) -> Tensor:
 def _checked(x: Tensor | None, features: int, name: str) -> Tensor:
     if x is None or x.ndim != 2 or x.shape[1] != features:
         shape = None if x is None else tuple(x.shape)
-        raise LowVRAMError(
-            f"{name} has shape {shape}, not [B, {features}]", f"Pass {name} as a float tensor [B, {features}]."
-        )
+        problem = f"{name} has shape {shape}, not [B, {features}]"
+        raise LowVRAMError(problem, f"Pass {name} as a float tensor [B, {features}].")
     return x
 
 
 class SynthesisBlock(nn.Module):
-    """One resolution of the skip generator: [up-sampling convolution,] convolution, to-RGB added to the up-sampled image.
+    """One resolution of the skip generator: two convolutions (one at 4x4), and to-RGB added to the up-sampled image.
 
     x: [B, in, R / 2, R / 2] (None at 4x4), image: float32 [B, 3, R / 2, R / 2] or None, ws: [B, num_convs + 1, w_dim].
     Returns x [B, out, R, R] in the block's dtype and image float32 [B, 3, R, R].
@@ -170,7 +171,7 @@ class Synthesis(nn.Module):
             self.add_module(f"b{res}", block)
 
     def forward(self, ws: Tensor, noise_mode: NoiseMode = "random", noise_seeds: Tensor | None = None) -> Tensor:
-        """noise_seeds: int64 [B] on the CPU for noise that belongs to each sample, or None for torch's default generator."""
+        """noise_seeds: int64 [B] on the CPU, or None to draw the noise from torch's default generator."""
         if noise_mode not in get_args(NoiseMode):
             raise LowVRAMError(f"noise_mode={noise_mode!r} is not known", 'Use "random", "const" or "none".')
         if ws.ndim != 3 or ws.shape[1:] != (self.num_ws, self.w_dim):
@@ -312,7 +313,7 @@ def minibatch_stddev(x: Tensor, group_size: int) -> Tensor:
 
 
 class Discriminator(nn.Module):
-    """StyleGAN2 discriminator: residual blocks, minibatch standard deviation, projection on the label where conditional.
+    """StyleGAN2 discriminator: residual blocks, minibatch standard deviation, projection on the label.
 
     Arguments as in Generator; mbstd_group_size: how many samples the minibatch standard deviation compares.
     """
@@ -351,7 +352,7 @@ class Discriminator(nn.Module):
         self.b4 = DiscriminatorEpilogue(channels[4], self.cmap_dim or 1, mbstd_group_size, conv_clamp)
 
     def forward(self, images: Tensor, c: Tensor | None = None) -> Tensor:
-        """images: float [B, image_channels, resolution, resolution], about [-1, 1]; c as in Generator. Logits [B, 1]."""
+        """images: float [B, image_channels, R, R], about [-1, 1]; c as in Generator. Returns float32 logits [B, 1]."""
         expected = (self.image_channels, self.resolution, self.resolution)
         if images.ndim != 4 or images.shape[1:] != expected:
             raise LowVRAMError(

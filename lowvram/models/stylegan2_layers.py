@@ -7,10 +7,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lowvram import seeded
 from lowvram.kernels.bias_act import Activation, bias_act
 from lowvram.kernels.conv2d import conv2d
 from lowvram.kernels.upfirdn2d import downsample2d, make_filter, upfirdn2d
-from lowvram.models import seeded
 
 NoiseMode = Literal["random", "const", "none"]
 
@@ -44,10 +44,14 @@ class _RunningWeight(torch.autograd.Function):
         return _RunningWeight.apply(grads[0], gain, dtype, torch.contiguous_format), None, None, None
 
 
+def prefers_channels_last(x: Tensor) -> bool:
+    """Whether x [B, C, H, W] lies in channels last, and not in both layouts at once."""
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
 def running_weight(weight: Tensor, x: Tensor, gain: float = 1.0) -> Tensor:
     """gain * weight [out, in, k, k] as a convolution of x wants it; the parameter itself stays contiguous and fp32."""
-    channels_last = x.shape[1] > 1 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    layout = torch.channels_last if channels_last else torch.contiguous_format
+    layout = torch.channels_last if prefers_channels_last(x) else torch.contiguous_format
     if gain == 1 and weight.dtype == x.dtype and weight.is_contiguous(memory_format=layout):
         return weight
     return _RunningWeight.apply(weight, gain, x.dtype, layout)
@@ -98,7 +102,7 @@ class FullyConnected(nn.Module):
         # addmm takes both gains as scalars: no scaled copy of the weight. Leaky ReLU's own gain goes with them.
         gain = LRELU_GAIN if self.act == "lrelu" else 1.0
         x = torch.addmm(self.bias, x, self.weight.T, beta=self.bias_gain * gain, alpha=self.weight_gain * gain)
-        return bias_act(x, act=self.act)
+        return bias_act(x, act=self.act, inplace=True)
 
 
 class ConvLayer(nn.Module):
@@ -127,13 +131,19 @@ class ConvLayer(nn.Module):
         self.register_buffer("resample_filter", make_filter())
         self.act: Activation = act
         self.down = down
-        # act(gain x) = gain act(x) for both activations, so every gain goes into the weight and the bias, which are small.
+        # act(gain x) = gain act(x) for both activations: every gain can go into weight and bias, which are small.
         self.gain = gain * (LRELU_GAIN if act == "lrelu" else 1.0)
         self.weight_gain = self.gain / math.sqrt(in_channels * kernel_size**2)
         self.clamp = None if clamp is None else clamp * gain
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = running_weight(self.weight, x, self.weight_gain)
+        if x.dtype == torch.float32 and not prefers_channels_last(x):
+            # Weights outweigh activations here: no scaled copy of them; the gain comes after (16 bit could overflow).
+            weight: Tensor = self.weight
+            gain = self.weight_gain
+        else:
+            weight = running_weight(self.weight, x, self.weight_gain)
+            gain = 1.0
         padding = self.weight.shape[2] // 2
         if self.down == 1:
             x = conv2d(x, weight, padding=padding)
@@ -142,8 +152,8 @@ class ConvLayer(nn.Module):
         else:
             # The filter's padding for factor 2 is 1, and the convolution's own 1 is added to it.
             x = conv2d(upfirdn2d(x, self.resample_filter, padding=(2, 2, 2, 2)), weight, stride=2)
-        bias = None if self.bias is None else self.bias * self.gain
-        return bias_act(x, bias, act=self.act, clamp=self.clamp, inplace=True)
+        bias = None if self.bias is None else self.bias * (self.gain / gain)
+        return bias_act(x, bias, act=self.act, gain=gain, clamp=self.clamp, inplace=True)
 
 
 class SynthesisLayer(nn.Module):
@@ -189,8 +199,8 @@ class SynthesisLayer(nn.Module):
     ) -> Tensor:
         """x: [B, in, h, h] in the block's dtype; w: float32 [B, w_dim]. Returns [B, out, R, R] in x's dtype."""
         style = self.affine(w)  # [B, in]
-        weight = self.weight
-        if x.dtype != torch.float32:
+        weight: Tensor = self.weight
+        if x.dtype in (torch.float16, torch.bfloat16):
             weight, style = normalise_for_half(weight, style)
         norm = demodulation(weight, style) * LRELU_GAIN  # [B, out]
         style, norm, weight = style.to(x.dtype), norm.to(x.dtype), running_weight(weight, x)
@@ -204,6 +214,25 @@ class SynthesisLayer(nn.Module):
             noise = (noise * (self.noise_strength * LRELU_GAIN)).to(x.dtype)
         bias = self.bias * LRELU_GAIN
         return bias_act(x, bias, act="lrelu", clamp=self.clamp, scale=norm, noise=noise, inplace=True)
+
+
+class _WideProduct(torch.autograd.Function):
+    """kernels [B, out, in] fp32 times x [B, in, pixels] 16 bit, in fp32: keeps x as it is, not its fp32 copy."""
+
+    @staticmethod
+    def forward(ctx: Any, kernels: Tensor, x: Tensor) -> Tensor:
+        ctx.save_for_backward(kernels, x)
+        return torch.bmm(kernels, x.to(kernels.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        kernels, x = ctx.saved_tensors
+        dkernels = torch.bmm(grads[0], x.to(kernels.dtype).transpose(1, 2))
+        return dkernels, torch.bmm(kernels.transpose(1, 2), grads[0]).to(x.dtype)
+
+
+def _wide_product(kernels: Tensor, x: Tensor) -> Tensor:
+    return torch.bmm(kernels, x) if x.dtype == kernels.dtype else _WideProduct.apply(kernels, x)
 
 
 class ToRGB(nn.Module):
@@ -220,5 +249,5 @@ class ToRGB(nn.Module):
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
         style = self.affine(w) * self.weight_gain  # [B, in]
         kernels = self.weight[:, :, 0, 0] * style[:, None]  # [B, out, in]: so few outputs that a kernel each is cheap
-        image = torch.bmm(kernels, x.float().flatten(2)).unflatten(2, x.shape[2:])
+        image = _wide_product(kernels, x.flatten(2)).unflatten(2, x.shape[2:])
         return bias_act(image, self.bias, clamp=self.clamp)

@@ -1,4 +1,4 @@
-"""Losses of StyleGAN2 as pure functions (arXiv 1912.04958): logistic, R1, path length. One value per sample, no weights.
+"""Losses of StyleGAN2 as pure functions (arXiv 1912.04958): logistic, R1, path length. One value for each sample.
 
 Weighting (gamma / 2, the lazy interval, the moving mean of path lengths) belongs to the task's phases.
 """
@@ -32,7 +32,8 @@ def r1_penalty(logits: Tensor, images: Tensor) -> Tensor:
     """Squared gradient norm of the logits by the images (R1: Mescheder et al. 2018, arXiv 1801.04406, equation 9).
 
     logits: [B, 1] or [B], computed from `images` [B, C, H, W], which requires grad. Returns [B], differentiable by
-    the discriminator's weights. The loss is its mean times gamma / 2 (StyleGAN2, appendix B: lazily, times the interval).
+    the discriminator's weights. The loss is its mean times gamma / 2, and times the interval where it is lazy
+    (StyleGAN2, section 3.1).
     """
     _need_graph(images, "images")
     (grad,) = torch.autograd.grad(logits.sum(), images, create_graph=True)  # [B, C, H, W]

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from lowvram import seeded
 from lowvram.errors import LowVRAMError
-from lowvram.models import seeded
 from lowvram.sampling.grids import make_grid
 
 if TYPE_CHECKING:

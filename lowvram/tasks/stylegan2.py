@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lowvram.ema import ExponentialMovingAverage
-from lowvram.models import seeded
+from lowvram import seeded
 from lowvram.models.augment import AugmentPipe, adapt
 from lowvram.models.stylegan2 import Discriminator, Generator
 from lowvram.objectives import adversarial
@@ -70,7 +70,7 @@ class StyleGAN2Task(Task):
         micro = settings.micro_batch
         g: dict[str, Any] = {"networks": (self.G,), "optimizer": self.optimizers["G"]}
         d: dict[str, Any] = {"networks": (self.D,), "optimizer": self.optimizers["D"]}
-        whole = {"samples": settings.batch, "group": self.group}
+        whole: dict[str, Any] = {"samples": settings.batch, "group": self.group}
         self.phases = [Phase(name="G", loss=self._g_loss, micro_batch=micro.G, finish=self._track_w, **g, **whole)]
         if path_length_every:
             self.phases.append(
@@ -236,6 +236,7 @@ class StyleGAN2Task(Task):
         )
 
     def interpolate(self, seed: int = 0, *, keyframes: int = 8, frames_per_keyframe: int = 30, **options: Any) -> Iterator[Tensor]:
+        options = {"micro_batch": self._sampling_slice(), **options}
         return gan.interpolate(
             self.G_ema, seed=seed, keyframes=keyframes, frames_per_keyframe=frames_per_keyframe, **options
         )
@@ -266,7 +267,7 @@ class StyleGAN2Task(Task):
             chosen = "fp32" if self.device.type == "cpu" else "fp16"
         return {
             "num_fp16_res": 0 if chosen == "fp32" else self.settings.model.num_fp16_res,
-            "conv_clamp": self.settings.model.conv_clamp,
+            "conv_clamp": None if chosen == "fp32" else self.settings.model.conv_clamp,
             "half_dtype": torch.bfloat16 if chosen == "bf16" else torch.float16,
         }
 

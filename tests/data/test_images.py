@@ -236,6 +236,16 @@ def test_bad_file_limit(store):
         images[4]
 
 
+def test_a_bad_file_is_tried_once(store, monkeypatch):
+    images = open_dataset(store({"0.png": b"x", "1.png": numbered(1)}), resolution=16)
+    tried = []
+    real = images.load
+    monkeypatch.setattr(images, "load", lambda index: tried.append(index) or real(index))
+    for _ in range(3):
+        images.fetch(0)
+    assert tried == [0, 1, 1, 1]
+
+
 def test_all_bad(store):
     with pytest.raises(LowVRAMError, match="none of the 3 images"):
         open_dataset(store({f"{i}.png": b"x" for i in range(3)}), resolution=16)[0]
@@ -273,14 +283,20 @@ def test_fingerprint(store):
 
 
 def test_pickled_and_forked_copies_read_on(store):
-    images = open_dataset(store({f"{i}.png": numbered(i) for i in range(8)}), resolution=16)
+    # Large enough that reading one moves the position of the file, which a forked child shares.
+    noise = np.random.default_rng(0).integers(0, 256, (8, 64, 64, 3), dtype=np.uint8)
+    noise[:, 0, 0, 1] = 100 + np.arange(8)
+    images = open_dataset(store({f"{i}.png": encode(noise[i]) for i in range(8)}), resolution=64, bad_file_limit=0)
     images[0]  # the handle is open
     assert numbers(pickle.loads(pickle.dumps(images))) == list(range(8))
     readers = []
     for _ in range(3):
         pid = os.fork()
         if pid == 0:
-            os._exit(0 if all(numbers(images) == list(range(8)) for _ in range(20)) else 1)
+            try:
+                os._exit(0 if all(numbers(images) == list(range(8)) for _ in range(20)) else 1)
+            finally:
+                os._exit(2)
         readers.append(pid)
     assert all(numbers(images) == list(range(8)) for _ in range(20))
     assert [os.waitpid(pid, 0)[1] for pid in readers] == [0, 0, 0]

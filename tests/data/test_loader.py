@@ -2,6 +2,8 @@
 
 import itertools
 import signal
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -197,6 +199,76 @@ def test_errors_of_workers_keep_their_remedy(folder, workers):
 def test_enlarging_is_said_once(folder, caplog):
     take(make(open_dataset(folder(8), resolution=32), workers=2), 4)
     assert len(caplog.records) == 1 and "enlarged" in caplog.text
+
+
+class Slow(Painted):
+    """Takes its time for each image but the first four."""
+
+    def load(self, index: int) -> Picture:
+        time.sleep(0.5)
+        return super().load(index)
+
+
+def test_an_interrupt_while_waiting_ends_the_workers():
+    """The traceback holds on to the DataLoader, as it does on the way up to whoever prints it."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        stream = make(Slow(4), workers=1, start_method="fork").iterate(0)
+        signal.setitimer(signal.ITIMER_REAL, 0.7)
+        with pytest.raises(KeyboardInterrupt) as caught:
+            next(stream)
+        assert caught.tb and not workers_of_this_process()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+_SCRIPT = """
+import os, sys, multiprocessing
+from lowvram.data import Loader, open_dataset
+def use(path):
+    global stream
+    stream = Loader(open_dataset(path, resolution=16), batch=4, seed=0, mirror=True, workers=2).iterate(0)
+    next(stream)
+    print(*[child.pid for child in multiprocessing.active_children()], flush=True)
+path, end = sys.argv[1:]
+if end == "child":
+    job = multiprocessing.get_context("fork").Process(target=use, args=(path,))
+    job.start()
+    job.join()
+else:
+    use(path)
+if end == "raise":
+    raise ValueError
+if end == "kill":
+    os.kill(os.getpid(), 9)
+"""
+
+
+@pytest.mark.parametrize("end", ["return", "raise", "child", "kill"])
+def test_a_process_that_ends_with_its_stream_open_leaves_no_worker(folder, end):
+    """However it ends, and within the seconds that a worker takes to see that its parent is gone."""
+    job = subprocess.run(
+        [sys.executable, "-c", _SCRIPT, str(folder(8)), end], stdout=subprocess.PIPE, text=True, timeout=60
+    )
+    pids = [int(word) for word in job.stdout.split()]
+    assert len(pids) == 2
+    deadline = time.monotonic() + 20
+    while any(psutil.pid_exists(pid) and not is_zombie(pid) for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(psutil.pid_exists(pid) and not is_zombie(pid) for pid in pids)
+
+
+def is_zombie(pid: int) -> bool:
+    """Whether an ended process waits for a parent to collect it (in a container there may be none)."""
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 @pytest.mark.parametrize("end", ["close", "drop", "error"])

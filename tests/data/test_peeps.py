@@ -143,6 +143,24 @@ def test_many_processes_draw_at_once(empty_cache, resolution, monkeypatch):
     _draw_all(0, resolution, wanted)
 
 
+def test_forked_copies_read_on(empty_cache, monkeypatch):
+    """A child shares its parent's file positions: with one handle for both, reads would land in other records."""
+    images = open_dataset(None, resolution=32, builtin_count=12)
+    wanted = [images.fetch(i).pixels.tobytes() for i in range(12)]
+    monkeypatch.setattr(peeps, "render_png", None)  # all is on disk: a draw would be a misread
+    readers = []
+    for _ in range(3):
+        pid = os.fork()
+        if pid == 0:
+            try:
+                right = all([images.fetch(i).pixels.tobytes() for i in range(12)] == wanted for _ in range(300))
+                os._exit(0 if right else 1)
+            finally:
+                os._exit(2)
+        readers.append(pid)
+    assert [os.waitpid(pid, 0)[1] for pid in readers] == [0, 0, 0]
+
+
 def test_other_versions_draw_into_another_folder(monkeypatch):
     before = peeps.drawing_key()
     monkeypatch.setattr(peeps.importlib.metadata, "version", lambda name: "99.0")

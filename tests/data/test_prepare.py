@@ -1,6 +1,7 @@
 """`python -m lowvram.data`: what it writes, and what it refuses."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -179,13 +180,15 @@ def test_help_needs_no_torch():
 
 def test_interrupt_leaves_nothing(tmp_path):
     words = ["source=builtin", f"dest={tmp_path}/out.zip", "resolution=128", "workers=2"]
-    job = subprocess.Popen([sys.executable, "-m", "lowvram.data", *words], stderr=subprocess.PIPE, text=True)
+    job = subprocess.Popen(
+        [sys.executable, "-m", "lowvram.data", *words], stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     try:
         deadline = time.monotonic() + 30
         while not leftovers(tmp_path) and time.monotonic() < deadline:
             time.sleep(0.05)
         time.sleep(0.5)
-        job.send_signal(signal.SIGINT)
+        os.killpg(job.pid, signal.SIGINT)  # as a terminal sends it, to the workers too
         _, said = job.communicate(timeout=20)
     finally:
         job.kill()
