@@ -43,7 +43,8 @@ class Phase:
         name: shown in metrics and errors.
         networks: the networks that the update changes; no other network gets gradients.
         optimizer: holds exactly the parameters of `networks`. Phases may share one.
-        loss: mean loss, a scalar, of a micro-batch of b samples. The trainer weighs it by b / samples * every.
+        loss: mean loss, a scalar, of a micro-batch of b samples; or terms of it, one after the other, each of which is
+            freed before the next is made. The trainer weighs them by b / samples * every.
         samples: images in one update, over all processes and micro-batches: the first so many of the batch.
         every: the phase runs at each n-th step, and its loss counts n-fold (lazy regularisation).
         micro_batch: samples of one process in memory at a time; None: all of them.
@@ -56,13 +57,21 @@ class Phase:
     name: str
     networks: tuple[nn.Module, ...]
     optimizer: torch.optim.Optimizer
-    loss: Callable[[MicroBatch], Tensor]
+    loss: Callable[[MicroBatch], Tensor | Iterator[Tensor]]
     samples: int
     every: int = 1
     micro_batch: int | None = None
     group: int = 1
     clip_norm: float | None = None
     finish: Callable[[dict[str, Tensor]], None] | None = None
+
+    def losses(self, micro: MicroBatch) -> Iterator[Tensor]:
+        """The terms of the loss, each a scalar with a graph of its own."""
+        loss = self.loss(micro)
+        if isinstance(loss, Tensor):
+            yield loss
+        else:
+            yield from loss
 
     def parameters(self) -> list[nn.Parameter]:
         """The parameters that the phase updates, in a stable order."""

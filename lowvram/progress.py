@@ -123,7 +123,8 @@ def estimate_cpu_cost(task: Task, settings: Settings, world_size: int, images_se
         with phase.trainable():
             micro = next(phase.micro_batches(images, labels, torch.arange(task.group), 0, settings.seed))
             begun = time.perf_counter()
-            phase.loss(micro).backward()
+            for loss in phase.losses(micro):
+                loss.backward()
             seconds_per_image = (time.perf_counter() - begun) / len(micro) / phase.every
             per_kimg += seconds_per_image * phase.samples / settings.batch * 1000 / world_size
         for parameter in phase.parameters():

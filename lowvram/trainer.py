@@ -153,10 +153,11 @@ class Trainer:
         total = torch.zeros([], device=self.device)
         reported: dict[str, Tensor] = {}
         for micro in micro_batches:
-            loss = phase.loss(micro) * (len(micro) / phase.samples)
-            (loss * phase.every).backward()
-            total += loss.detach()
-            del loss  # its graph holds the activations
+            for loss in phase.losses(micro):
+                weighted = loss * (len(micro) / phase.samples)
+                (weighted * phase.every).backward()
+                total += weighted.detach()
+                del loss, weighted  # their graph holds the activations
             for name, value in micro.reported.items():
                 reported[name] = reported[name] + value if name in reported else value
         means = {name: self._sum_over_processes(value) / phase.samples for name, value in sorted(reported.items())}

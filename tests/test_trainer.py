@@ -121,7 +121,8 @@ def test_a_non_finite_step_stops_with_its_phase_and_harms_nothing(tiny: Make, wh
     before = weights(trainer)
     phase = next(p for p in trainer.task.phases if p.name == "D")
     plain = phase.loss
-    phase.loss = (lambda micro: plain(micro) * float("nan")) if where == "loss" else (lambda micro: _bad_gradient(plain(micro)))
+    spoil = (lambda loss: loss * float("nan")) if where == "loss" else _bad_gradient
+    phase.loss = lambda micro: (spoil(loss) for loss in plain(micro))
     with pytest.raises(NonFiniteError, match=r"phase D.*step 1") as error:
         steps(trainer, 1)
     assert "resume=auto" in error.value.remedy

@@ -113,15 +113,16 @@ class StyleGAN2Task(Task):
         micro.report(length=lengths)
         return adversarial.path_length_penalty(lengths, self.path_length_mean).mean() * self.settings.loss.path_length_weight
 
-    def _d_loss(self, micro: MicroBatch) -> Tensor:
-        """Logistic loss on images made and real."""
+    def _d_loss(self, micro: MicroBatch) -> Iterator[Tensor]:
+        """Logistic loss on images made, then on real ones: two graphs, of which one is in memory at a time."""
         with torch.no_grad():
             fakes, c, _ = self._fakes(micro)
         fake_logits = self.D(self._augmented(fakes, micro, "fake"), c)
+        yield adversarial.discriminator_fake_loss(fake_logits).mean()
+        del fakes, fake_logits
         real_logits = self.D(self._augmented(self._reals(micro), micro, "real"), self._onehot(micro.labels))
         micro.report(sign=real_logits.sign().reshape(-1))
-        losses = adversarial.discriminator_fake_loss(fake_logits) + adversarial.discriminator_real_loss(real_logits)
-        return losses.mean()
+        yield adversarial.discriminator_real_loss(real_logits).mean()
 
     def _r1_loss(self, micro: MicroBatch) -> Tensor:
         """Gradient penalty on real images (Mescheder et al. 2018, arXiv 1801.04406)."""
