@@ -32,7 +32,9 @@ def measure(recipe: str, overrides: list[str], *, steps: int, warmup: int) -> di
         batch = next(trainer.loader.iterate(0))
         after_setup_bytes = resident_peak_bytes()
         images = batch.images.to(trainer.device)
-        phases = {p.name: measure_phase(trainer, p, images, batch, steps=steps, warmup=warmup) for p in trainer.task.phases}
+        phases = {
+            p.name: measure_phase(trainer, p, images, batch, steps=steps, warmup=warmup) for p in trainer.task.phases
+        }
         per_step = sum(phases[p.name]["seconds"] / p.every for p in trainer.task.phases)
         return {
             "recipe": recipe,
@@ -45,7 +47,7 @@ def measure(recipe: str, overrides: list[str], *, steps: int, warmup: int) -> di
             "images_per_second": settings.batch / per_step,
             "peak_bytes": max(p["peak_allocated_bytes"] for p in phases.values()),
             "resident_after_setup_bytes": after_setup_bytes,
-            "device": torch.cuda.get_device_name(trainer.device) if trainer.device.type == "cuda" else platform.processor(),
+            "device": device_name(trainer.device),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
         }
@@ -84,10 +86,22 @@ def table(result: dict[str, Any]) -> str:
             f"{phase['peak_allocated_bytes'] / 2**30:>10.2f}"
         )
     rows.append(
-        f"{result['recipe']} at {result['resolution']}, batch {result['batch']}: {result['images_per_second']:.2f} images/s, "
+        f"{result['recipe']} at {result['resolution']}, batch {result['batch']}: "
+        f"{result['images_per_second']:.2f} images/s, "
         f"peak {result['peak_bytes'] / 2**30:.2f} GiB, on {result['device']} with {result['threads']} threads"
     )
     return "\n".join(rows)
+
+
+def device_name(device: torch.device) -> str:
+    """The card, or the CPU's model."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 
 def _count(network: torch.nn.Module) -> int:

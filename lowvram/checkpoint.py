@@ -112,7 +112,9 @@ def read(path: Path, *, only: tuple[str, ...] | None = None) -> Checkpoint:
     """
     fault = damage(path)
     if fault is not None:
-        raise LowVRAMError(f"checkpoint {path} is damaged: {fault}.", "Use another one, or resume=auto, which skips it.")
+        raise LowVRAMError(
+            f"checkpoint {path} is damaged: {fault}.", "Use another one, or resume=auto, which skips it."
+        )
     try:
         names = [p.stem for p in sorted(path.glob("*.safetensors")) if only is None or p.stem in only]
         tensors = {name: load_file(path / f"{name}.safetensors") for name in names}

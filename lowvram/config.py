@@ -35,7 +35,9 @@ _Options = TypeVar("_Options")
 
 def recipe_names() -> list[str]:
     """The built-in recipes, smallest resolution first."""
-    return sorted((p.stem for p in (_CONF / "recipe").glob("*.yaml")), key=lambda n: (int(re.sub(r"\D", "", n) or 0), n))
+    return sorted(
+        (p.stem for p in (_CONF / "recipe").glob("*.yaml")), key=lambda n: (int(re.sub(r"\D", "", n) or 0), n)
+    )
 
 
 def load_recipe(recipe: str, overrides: list[str] | None = None) -> Settings:
@@ -139,7 +141,7 @@ def friendly_errors() -> Iterator[None]:
         unknown = re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' is not in struct", text)
         if unknown:
             raise _unknown_setting(unknown[1]) from error
-        if "recipe" in text and "???" in text or "must specify 'recipe'" in text:
+        if ("recipe" in text and "???" in text) or "must specify 'recipe'" in text:
             raise LowVRAMError("No recipe was given.", f"Add recipe=NAME: {', '.join(recipe_names())}.") from error
         raise LowVRAMError(text.split(" Available options")[0], "See --help for the settings.") from error
     except OmegaConfBaseException as error:
@@ -177,7 +179,7 @@ def differences(saved: Settings, given: Settings) -> dict[str, tuple[Any, Any]]:
 def parse_assignments(arguments: list[str]) -> list[str]:
     """Check the grammar of Hydra overrides, so that `batch 8` or `--batch=8` is named in an error."""
     for argument in arguments:
-        if argument.startswith("-") or "=" not in argument and not argument.startswith("~"):
+        if argument.startswith("-") or ("=" not in argument and not argument.startswith("~")):
             raise LowVRAMError(f"{argument} is not understood.", "Settings are given as name=value; --help lists them.")
     with friendly_errors():
         OverridesParser.create().parse_overrides(arguments)

@@ -22,7 +22,7 @@ class ExponentialMovingAverage:
 
     @torch.no_grad()
     def update(self, images_seen: int, batch: int) -> None:
-        """Move the average towards the source after a step of `batch` images that brought the count to `images_seen`."""
+        """Move the average towards the source, after a step of `batch` images that made `images_seen` of them."""
         half_life_images = self.half_life_kimg * 1000
         if self.rampup is not None:
             half_life_images = min(half_life_images, images_seen * self.rampup)

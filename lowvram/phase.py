@@ -89,7 +89,9 @@ class Phase:
             for parameter in parameters:
                 parameter.requires_grad_(False)
 
-    def micro_batches(self, images: Tensor, labels: Tensor, positions: Tensor, start: int, seed: int) -> Iterator[MicroBatch]:
+    def micro_batches(
+        self, images: Tensor, labels: Tensor, positions: Tensor, start: int, seed: int
+    ) -> Iterator[MicroBatch]:
         """Cut this process's share of a batch into micro-batches that keep the groups together.
 
         images uint8 [n, C, H, W] in group-major order [group, n / group]; labels, positions int64 [n], positions on the

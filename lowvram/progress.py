@@ -130,7 +130,9 @@ def estimate_cpu_cost(task: Task, settings: Settings, world_size: int, images_se
         for parameter in phase.parameters():
             parameter.grad = None
     rest = settings.kimg - images_seen / 1000
-    line = f"no GPU: about {duration(per_kimg)} for each kimg on this CPU, {duration(per_kimg * rest)} for {rest:g} kimg"
+    line = (
+        f"no GPU: about {duration(per_kimg)} for each kimg on this CPU, {duration(per_kimg * rest)} for {rest:g} kimg"
+    )
     if per_kimg * rest > 3600 and settings.recipe != "faces32":
         line += "; recipe=faces32 makes faces in ten minutes. Training all the same; Ctrl-C stops and saves"
     yield line

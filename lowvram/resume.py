@@ -79,7 +79,9 @@ def merge(saved: Settings, given: Settings) -> tuple[Settings, list[str]]:
         if by_name:
             messages.append(f"{name}: {old} in the saved recipe, now {new}, as named")
         else:
-            messages.append(f"{name}: {old} in the saved recipe holds, not {new}; name it on the command line to change it")
+            messages.append(
+                f"{name}: {old} in the saved recipe holds, not {new}; name it on the command line to change it"
+            )
     values["recipe"] = saved.recipe
     return replace(settings_from(values), overrides=given.overrides), messages
 

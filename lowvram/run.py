@@ -1,10 +1,10 @@
 """The run folder: settings, metrics, sample grids and checkpoints, in a form that can be moved and read by others.
 
-    recipe.yaml          the settings, complete
-    metrics.jsonl        one JSON object a line
-    reals.png            images of the data set
-    fakes_000000.png     samples, named by the thousands of images seen
-    checkpoints/         step-XXXXXXXX folders (see lowvram.checkpoint)
+recipe.yaml          the settings, complete
+metrics.jsonl        one JSON object a line
+reals.png            images of the data set
+fakes_000000.png     samples, named by the thousands of images seen
+checkpoints/         step-XXXXXXXX folders (see lowvram.checkpoint)
 """
 
 import json
@@ -45,7 +45,9 @@ class Run:
                 )
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise LowVRAMError(f"out={folder} can't be made: {error.strerror}.", "Choose another out=FOLDER.") from error
+            raise LowVRAMError(
+                f"out={folder} can't be made: {error.strerror}.", "Choose another out=FOLDER."
+            ) from error
         run = cls(folder, settings)
         run.write_settings()
         return run

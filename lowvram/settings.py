@@ -98,7 +98,9 @@ class OptimizerSettings:
     def __post_init__(self) -> None:
         for name in ("lr", "eps") + (("lr_d",) if self.lr_d is not None else ()):
             if getattr(self, name) <= 0:
-                raise LowVRAMError(f"optimizer.{name}={getattr(self, name)} must be above 0.", "A usual value is 0.0025.")
+                raise LowVRAMError(
+                    f"optimizer.{name}={getattr(self, name)} must be above 0.", "A usual value is 0.0025."
+                )
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise LowVRAMError(f"optimizer.{name}={getattr(self, name)} must lie in [0, 1).", "Use 0 and 0.99.")
@@ -201,11 +203,13 @@ class Settings:
         if self.batch % group:
             raise LowVRAMError(
                 f"batch={self.batch} must be a multiple of model.mbstd_group_size={group}.",
-                f"Use batch={_near_multiple(self.batch, group)}, or model.mbstd_group_size={_divisor(self.batch, group)}.",
+                f"Use batch={_near_multiple(self.batch, group)}, "
+                f"or model.mbstd_group_size={_divisor(self.batch, group)}.",
             )
-        if self.batch // self.loss.path_length_batch_shrink < 1:
+        shrink = self.loss.path_length_batch_shrink
+        if self.batch // shrink < 1:
             raise LowVRAMError(
-                f"loss.path_length_batch_shrink={self.loss.path_length_batch_shrink} leaves nothing of batch={self.batch}.",
+                f"loss.path_length_batch_shrink={shrink} leaves nothing of batch={self.batch}.",
                 f"Use a value up to {self.batch}.",
             )
         for phase in PHASES:
@@ -245,7 +249,9 @@ def parse_bytes(name: str, text: str) -> int:
     """Bytes of a size such as "6GB", which means 6 x 2^30 bytes as on a card's box; a bare number is refused."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(text))
     if match is None or (match[2] and match[2].lower() not in _UNITS_BYTES):
-        raise LowVRAMError(f"{name}={text} is not a size.", f"Write it with its unit, such as {name}=6GB or {name}=5500MB.")
+        raise LowVRAMError(
+            f"{name}={text} is not a size.", f"Write it with its unit, such as {name}=6GB or {name}=5500MB."
+        )
     if not match[2]:
         raise LowVRAMError(f"{name}={text} has no unit.", f"Write {name}={match[1]}GB.")
     size_bytes = int(float(match[1]) * _UNITS_BYTES[match[2].lower()])

@@ -1,4 +1,4 @@
-"""`python -m lowvram.train recipe=NAME [setting=value ...]`: train, with Hydra's overrides, --multirun and --cfg job."""
+"""`python -m lowvram.train recipe=NAME [setting=value ...]`: train, with Hydra's overrides and --multirun."""
 
 import os
 import sys

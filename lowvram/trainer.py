@@ -210,7 +210,9 @@ class Trainer:
             except OSError as error:
                 problem = f"the checkpoint of step {self.step} could not be written to {self.run.folder}: {error}"
                 if final:
-                    raise LowVRAMError(problem, "Older checkpoints are whole. Free some space, then resume=auto.") from error
+                    raise LowVRAMError(
+                        problem, "Older checkpoints are whole. Free some space, then resume=auto."
+                    ) from error
                 self.progress.say(f"{problem}. Training goes on; older checkpoints are whole. Free some space.")
         self.accelerator.wait_for_everyone()
         return path
@@ -252,10 +254,14 @@ class Trainer:
         self.step, self.images_seen = saved.numbers["step"], saved.numbers["images_seen"]
         self.seconds = saved.numbers["seconds"]
         if len(saved.numbers["rng"]) > self.rank:
-            rng.restore({"tensors": saved.tensors[f"rng_{self.rank}"], "numbers": saved.numbers["rng"][self.rank]}, self.device)
+            rng.restore(
+                {"tensors": saved.tensors[f"rng_{self.rank}"], "numbers": saved.numbers["rng"][self.rank]}, self.device
+            )
         if saved.numbers["dataset"]["fingerprint"] != self.task.dataset().fingerprint:
             was = saved.numbers["dataset"]["name"]
-            self.progress.say(f"the data set is not the one the run was begun with ({was}); its order starts anew from here")
+            self.progress.say(
+                f"the data set is not the one the run was begun with ({was}); its order starts anew from here"
+            )
         if self.rank == 0:
             self.run.drop_metrics_after(self.step)
 
@@ -263,10 +269,16 @@ class Trainer:
 
     def _greet(self) -> None:
         dataset = self.task.dataset()
-        source = "No data.path given: training on the built-in drawn faces" if self.recipe.data.path is None else dataset.name
+        source = (
+            "No data.path given: training on the built-in drawn faces"
+            if self.recipe.data.path is None
+            else dataset.name
+        )
         self.progress.say(f"{source}, {len(dataset)} images at {self.recipe.resolution}x{self.recipe.resolution}")
         if self.recipe.vram is not None:
-            self.progress.say(f"vram={self.recipe.vram} is checked and kept with the recipe; nothing is planned from it yet")
+            self.progress.say(
+                f"vram={self.recipe.vram} is checked and kept with the recipe; nothing is planned from it yet"
+            )
         sizes = ", ".join(
             f"{name} {sum(p.numel() for p in network.parameters()) / 1e6:.2f} M"
             for name, network in self.task.networks.items()
@@ -330,7 +342,9 @@ class Trainer:
     def _non_finite(self, phase: Phase, loss: float, norm: float) -> NonFiniteError:
         what = f"loss is {loss}" if not _finite(loss) else f"gradient norm is {norm}"
         last = checkpoints.candidates(self.run.checkpoints)
-        remedy = f"{last[0]} is untouched: go on from it with resume=auto" if last else "Nothing was saved yet: start again"
+        remedy = (
+            f"{last[0]} is untouched: go on from it with resume=auto" if last else "Nothing was saved yet: start again"
+        )
         return NonFiniteError(
             f"phase {phase.name}: the {what} at step {self.step} ({self.images_seen / 1000:g} kimg).",
             f"{remedy} and a lower optimizer.lr, a higher loss.r1_gamma, or precision=fp32.",
@@ -360,7 +374,8 @@ class Trainer:
         parts = self.world_size * self.task.group
         if self.recipe.batch % parts:
             raise LowVRAMError(
-                f"batch={self.recipe.batch} does not divide among {self.world_size} processes in groups of {self.task.group}.",
+                f"batch={self.recipe.batch} does not divide among {self.world_size} processes "
+                f"in groups of {self.task.group}.",
                 f"Use a multiple of {parts}.",
             )
 

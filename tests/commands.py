@@ -11,7 +11,9 @@ ROOT = Path(__file__).parent.parent
 def environment(**extra: str) -> dict[str, str]:
     """The environment of a fresh shell, with the package importable from anywhere."""
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "MASTER_", "RANK", "WORLD_", "LOCAL_"))}
+    kept = {
+        k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "MASTER_", "RANK", "WORLD_", "LOCAL_"))
+    }
     return {**kept, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **extra}
 
 

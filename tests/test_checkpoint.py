@@ -14,7 +14,9 @@ from lowvram.checkpoint import Checkpoint
 
 
 def small(value: float = 1.0) -> Checkpoint:
-    return Checkpoint(tensors={"G": {"w": torch.full([3, 2], value), "n": torch.tensor(2)}}, numbers={"step": 5, "x": [1.5]})
+    return Checkpoint(
+        tensors={"G": {"w": torch.full([3, 2], value), "n": torch.tensor(2)}}, numbers={"step": 5, "x": [1.5]}
+    )
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
@@ -55,7 +57,9 @@ def test_a_damaged_checkpoint_is_skipped_with_a_warning(tmp_path: Path, harm: st
         checkpoint.read(bad)
 
 
-def test_a_full_disk_leaves_the_older_checkpoints_and_no_debris(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_the_older_checkpoints_and_no_debris(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     good = checkpoint.write(tmp_path, 1, small(), keep=1)
 
     def full(tensors: object, path: Path) -> None:

@@ -20,7 +20,12 @@ def test_every_recipe_composes_and_names_itself(name: str) -> None:
 def test_the_recipes_that_are_promised() -> None:
     assert {"faces32", "faces64", "faces128", "faces256", "faces512", "faces1024", "classes32"} <= set(recipe_names())
     paper = load_recipe("faces256")
-    assert (paper.resolution, paper.batch, paper.model.channel_base, paper.model.mbstd_group_size) == (256, 64, 16384, 8)
+    assert (paper.resolution, paper.batch, paper.model.channel_base, paper.model.mbstd_group_size) == (
+        256,
+        64,
+        16384,
+        8,
+    )
 
 
 def test_overrides_win_and_are_remembered_by_name() -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from commands import environment, run
-from conftest import TINY
 from safetensors.torch import load_file
+from tiny import TINY
 
 from lowvram import checkpoint
 

@@ -18,7 +18,13 @@ GOLDEN = Path(__file__).parent / "golden" / "stylegan2_losses.json"
 
 def test_losses_are_the_golden_ones(tiny: Callable[..., object]) -> None:
     # A large eps: without it Adam's first steps are the signs of gradients, and rounding decides those near zero.
-    settings = ["augment.pipeline=bgcfnc", "augment.p=0.5", "augment.mode=fixed", "optimizer.eps=0.01", "optimizer.lr=0.02"]
+    settings = [
+        "augment.pipeline=bgcfnc",
+        "augment.p=0.5",
+        "augment.mode=fixed",
+        "optimizer.eps=0.01",
+        "optimizer.lr=0.02",
+    ]
     trainer = Trainer(tiny("kimg=0.08", *settings), quiet=True)
     losses = [result.losses for result in trainer]
     if os.environ.get("LOWVRAM_WRITE_GOLDEN"):

@@ -73,8 +73,12 @@ def test_the_checker_sees_imports(tmp_path: Path) -> None:
 
 
 def test_importing_the_package_brings_in_nothing_heavy(tmp_path: Path) -> None:
-    code = "import sys, lowvram; print([m for m in ('torch', 'hydra', 'accelerate', 'PIL', 'numpy') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], env=environment(), cwd=tmp_path, capture_output=True, text=True, check=True)
+    code = (
+        "import sys, lowvram; print([m for m in ('torch', 'hydra', 'accelerate', 'PIL', 'numpy') if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(), cwd=tmp_path, capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == "[]"
 
 
@@ -86,7 +90,9 @@ def test_help_needs_no_torch(command: str, tmp_path: Path) -> None:
         f"except SystemExit as e: assert not e.code\n"
         f"print('torch' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], env=environment(), cwd=tmp_path, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(), cwd=tmp_path, capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip().endswith("False"), done.stdout[-300:]
 
 

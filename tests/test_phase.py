@@ -1,4 +1,4 @@
-"""Cutting a batch into micro-batches and shares of processes: groups stay together, random numbers stay with samples."""
+"""Cutting a batch into micro-batches and shares of processes: groups stay together, seeds stay with samples."""
 
 import torch
 from hypothesis import given

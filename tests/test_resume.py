@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 from commands import start
-from conftest import TINY
 from safetensors.torch import load_file
+from tiny import TINY
 
 from lowvram import LowVRAMError, Trainer, checkpoint
 
@@ -26,7 +26,13 @@ def assert_same_end(a: Path, b: Path) -> None:
     assert second is not None
     assert first.name == second.name
     names = sorted(p.name for p in first.glob("*.safetensors") if not p.name.startswith("rng"))
-    assert {"G.safetensors", "D.safetensors", "G_ema.safetensors", "optimizer_G.safetensors", "task.safetensors"} <= set(names)
+    assert {
+        "G.safetensors",
+        "D.safetensors",
+        "G_ema.safetensors",
+        "optimizer_G.safetensors",
+        "task.safetensors",
+    } <= set(names)
     for name in names:
         one, other = load_file(first / name), load_file(second / name)
         assert one.keys() == other.keys()
@@ -53,7 +59,9 @@ def test_a_killed_and_resumed_run_ends_bit_identical(tmp_path: Path, workers: in
         killed = start("lowvram.train", *words, "out=killed", "resume=auto", cwd=tmp_path)
     out, err = killed.communicate(timeout=240)
     if killed.returncode == -signal.SIGKILL:
-        out, err = (again := start("lowvram.train", *words, "out=killed", "resume=auto", cwd=tmp_path)).communicate(timeout=240)
+        out, err = (again := start("lowvram.train", *words, "out=killed", "resume=auto", cwd=tmp_path)).communicate(
+            timeout=240
+        )
         killed = again
     assert killed.returncode == 0, out + err
     _, whole_err = whole.communicate(timeout=240)
@@ -127,7 +135,10 @@ def test_the_saved_recipe_wins_unless_overridden_by_name(tiny: Make, capsys: pyt
 
     first = Trainer(tiny("kimg=0.016", "batch=16", "loss.r1_gamma=0.3"), quiet=True)
     first.fit()
-    given = load_recipe("faces32", [*(w for w in TINY if not w.startswith("batch")), f"out={first.run.folder}", "resume=auto", "kimg=0.08"])
+    given = load_recipe(
+        "faces32",
+        [*(w for w in TINY if not w.startswith("batch")), f"out={first.run.folder}", "resume=auto", "kimg=0.08"],
+    )
     given.batch = 32  # differs from the saved one, but the user did not name it
     again = Trainer(given)
     said = capsys.readouterr().out

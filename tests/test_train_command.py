@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from commands import run
-from conftest import TINY
+from tiny import TINY
 
 SHORT = [*TINY, "kimg=0.016"]
 

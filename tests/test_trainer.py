@@ -1,4 +1,4 @@
-"""The loop: phases, micro-batches, what is written, what stops it. (Resume: test_resume; processes: test_distributed.)"""
+"""The loop: phases, micro-batches, what is written, what stops it. (test_resume and test_distributed: more.)"""
 
 import errno
 import json
@@ -40,7 +40,16 @@ def test_a_run_leaves_what_the_readme_says(tiny: Make, tmp_path: Path) -> None:
     run = tmp_path / "run"
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["kimg"] for line in lines] == [0.016, 0.032, 0.048, 0.064]
-    for key in ("step", "s_per_kimg", "loss/G", "loss/D", "augment_p", "peak_allocated_bytes", "peak_reserved_bytes", "seconds/R1"):
+    for key in (
+        "step",
+        "s_per_kimg",
+        "loss/G",
+        "loss/D",
+        "augment_p",
+        "peak_allocated_bytes",
+        "peak_reserved_bytes",
+        "seconds/R1",
+    ):
         assert key in lines[-1]
     assert lines[-1]["peak_allocated_bytes"] > 50 * 2**20
     assert Image.open(run / "reals.png").size == Image.open(run / "fakes_000000.png").size
@@ -76,7 +85,11 @@ def test_researchers_run_their_code_between_steps(tiny: Make) -> None:
 def test_micro_batches_change_nothing_but_rounding(tiny: Make, tmp_path: Path, micro: int) -> None:
     whole = Trainer(tiny("batch=16", "data.mirror=true"), quiet=True)
     cut = Trainer(
-        tiny("batch=16", f"micro_batch={{G: {micro}, path_length: 2, D: {micro}, R1: {micro}}}", f"out={tmp_path / 'cut'}"),
+        tiny(
+            "batch=16",
+            f"micro_batch={{G: {micro}, path_length: 2, D: {micro}, R1: {micro}}}",
+            f"out={tmp_path / 'cut'}",
+        ),
         quiet=True,
     )
     first, second = steps(whole, 4), steps(cut, 4)
@@ -95,7 +108,9 @@ def test_every_network_of_the_phases_moves(tiny: Make, tmp_path: Path) -> None:
     steps(trainer, 4)
     after = weights(trainer)
     for name in ("G", "D", "G_ema"):
-        still = [k for k in after if k.startswith(f"{name}.") and k.endswith("weight") and torch.equal(after[k], start[k])]
+        still = [
+            k for k in after if k.startswith(f"{name}.") and k.endswith("weight") and torch.equal(after[k], start[k])
+        ]
         assert not still
     assert not torch.equal(after["G.mapping.w_avg"], start["G.mapping.w_avg"])
     assert trainer.task.tensors()["path_length_mean"] > 0

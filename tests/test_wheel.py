@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from commands import ROOT, environment
-from conftest import TINY
+from tiny import TINY
 
 
 @pytest.fixture(scope="module")

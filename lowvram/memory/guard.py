@@ -14,8 +14,8 @@ import torch
 class PhaseCost:
     """What a phase took since the meter was last read.
 
-    seconds: in total, over `count` runs. allocated_bytes and reserved_bytes: the highest peak of a run; on a CPU both are
-    the resident set of the process, the highest that it has had since it started.
+    seconds: in total, over `count` runs. allocated_bytes and reserved_bytes: the highest peak of a run; on a CPU both
+    are the resident set of the process, the highest that it has had since it started.
     """
 
     seconds: float = 0.0
@@ -27,8 +27,8 @@ class PhaseCost:
 class Meter:
     """Measures each phase's time and peak memory.
 
-    With `synchronize` the device is waited for at both ends of a phase, so that its time is its own (benchmarks); without,
-    a phase's time is that of launching it.
+    With `synchronize` the device is waited for at both ends of a phase, so that its time is its own (benchmarks);
+    without, a phase's time is that of launching it.
     """
 
     def __init__(self, device: torch.device, *, synchronize: bool = False) -> None:

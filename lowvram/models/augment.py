@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from lowvram import seeded
 from lowvram.errors import LowVRAMError
 from lowvram.kernels.linear_map import linear_map
 from lowvram.models import augment_geometry as geometry
-from lowvram import seeded
 
 _BLIT = ("x_flip", "rotate_90", "integer_translation")
 _GEOM = ("isotropic_scale", "rotation", "anisotropic_scale", "fractional_translation")

@@ -1,4 +1,4 @@
-"""What is trained. A task builds networks, phases and a sampler; the trainer runs them without knowing which task it is."""
+"""What is trained. A task builds networks, phases and a sampler; the trainer runs them, whichever task it is."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -64,14 +64,14 @@ class Task(ABC):
     def prepare_training(self) -> None:
         """Build what only training needs: phases, optimizers, averages."""
 
-    def end_step(self, step: int) -> None:
+    def end_step(self, step: int) -> None:  # noqa: B027 - a task may have nothing to do
         """Called after each step's updates, with the number of steps done."""
 
     def tensors(self) -> dict[str, Tensor]:
         """State beside networks and optimizers, for checkpoints."""
         return {}
 
-    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:  # noqa: B027 - nor anything to load
         """Restore what `tensors` gave."""
 
     def status(self) -> dict[str, float]:
@@ -90,10 +90,12 @@ class Task(ABC):
         micro_batch: int | None = None,
         start: int = 0,
     ) -> Tensor:
-        """Images start ... start + n - 1 of a seed, uint8 [n, C, H, W] on the CPU. Image i depends on the seed and i."""
+        """Images start ... start + n - 1, uint8 [n, C, H, W] on the CPU. Image i depends on the seed and i alone."""
 
     @abstractmethod
-    def interpolate(self, seed: int = 0, *, keyframes: int = 8, frames_per_keyframe: int = 30, **options: object) -> Iterator[Tensor]:
+    def interpolate(
+        self, seed: int = 0, *, keyframes: int = 8, frames_per_keyframe: int = 30, **options: object
+    ) -> Iterator[Tensor]:
         """Frames of a looping path through the latent space, each uint8 [C, H, W]."""
 
 
@@ -143,5 +145,7 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise LowVRAMError(f"device={name} is not there: torch sees {torch.cuda.device_count()} GPUs.", "Use device=cpu.")
+        raise LowVRAMError(
+            f"device={name} is not there: torch sees {torch.cuda.device_count()} GPUs.", "Use device=cpu."
+        )
     return device

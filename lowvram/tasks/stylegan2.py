@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lowvram.ema import ExponentialMovingAverage
 from lowvram import seeded
+from lowvram.ema import ExponentialMovingAverage
 from lowvram.models.augment import AugmentPipe, adapt
 from lowvram.models.stylegan2 import Discriminator, Generator
 from lowvram.objectives import adversarial
@@ -84,7 +84,9 @@ class StyleGAN2Task(Task):
                     **g,
                 )
             )
-        self.phases.append(Phase(name="D", loss=self._d_loss, micro_batch=micro.D, finish=self._track_sign, **d, **whole))
+        self.phases.append(
+            Phase(name="D", loss=self._d_loss, micro_batch=micro.D, finish=self._track_sign, **d, **whole)
+        )
         if r1_every:
             self.phases.append(Phase(name="R1", loss=self._r1_loss, every=r1_every, micro_batch=micro.R1, **d, **whole))
         self.averages = [
@@ -111,7 +113,10 @@ class StyleGAN2Task(Task):
         noise = seeded.randn(micro.seeds, *images.shape[1:], stream="path_length", device=images.device)
         lengths = adversarial.path_lengths(images, ws, noise)  # [b]
         micro.report(length=lengths)
-        return adversarial.path_length_penalty(lengths, self.path_length_mean).mean() * self.settings.loss.path_length_weight
+        return (
+            adversarial.path_length_penalty(lengths, self.path_length_mean).mean()
+            * self.settings.loss.path_length_weight
+        )
 
     def _d_loss(self, micro: MicroBatch) -> Iterator[Tensor]:
         """Logistic loss on images made, then on real ones: two graphs, of which one is in memory at a time."""
@@ -191,9 +196,7 @@ class StyleGAN2Task(Task):
             return
         images = self.settings.batch * self._real_sign_steps
         sign = float(self._real_sign) / self._real_sign_steps
-        p = adapt(
-            self.augment.probability(), sign, augment.target, images=images, adjust_kimg=augment.adjust_kimg
-        )
+        p = adapt(self.augment.probability(), sign, augment.target, images=images, adjust_kimg=augment.adjust_kimg)
         self.augment.set_probability(p)
         self._real_sign.zero_()
         self._real_sign_steps = 0
@@ -236,7 +239,9 @@ class StyleGAN2Task(Task):
             start=start,
         )
 
-    def interpolate(self, seed: int = 0, *, keyframes: int = 8, frames_per_keyframe: int = 30, **options: Any) -> Iterator[Tensor]:
+    def interpolate(
+        self, seed: int = 0, *, keyframes: int = 8, frames_per_keyframe: int = 30, **options: Any
+    ) -> Iterator[Tensor]:
         options = {"micro_batch": self._sampling_slice(), **options}
         return gan.interpolate(
             self.G_ema, seed=seed, keyframes=keyframes, frames_per_keyframe=frames_per_keyframe, **options
