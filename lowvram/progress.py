@@ -83,11 +83,6 @@ class Trackers:
         self._tracker: Any = None
         if settings.logger == "none":
             return
-        if importlib.util.find_spec(settings.logger) is None:
-            raise LowVRAMError(
-                f"logger={settings.logger} needs a package that is not installed.",
-                f'pip install "lowvram[{settings.logger}]", or logger=none.',
-            )
         from accelerate import tracking
 
         if settings.logger == "tensorboard":
@@ -98,6 +93,15 @@ class Trackers:
             self._tracker.start()
         shown = {k: v for k, v in flatten(settings_values(settings)).items() if isinstance(v, int | float | str | bool)}
         self._tracker.store_init_configuration(shown)
+
+    @staticmethod
+    def check(settings: Settings) -> None:
+        """Raise LowVRAMError if the recipe's logger is not installed."""
+        if settings.logger != "none" and importlib.util.find_spec(settings.logger) is None:
+            raise LowVRAMError(
+                f"logger={settings.logger} needs a package that is not installed.",
+                f'pip install "lowvram[{settings.logger}]", or logger=none.',
+            )
 
     def log(self, values: dict[str, Any]) -> None:
         """Send a line of metrics."""

@@ -24,18 +24,18 @@ class Start:
 
 
 def find_start(settings: Settings) -> Start:
-    """Make or find the run that `out` and `resume` ask for.
+    """The run that `out` and `resume` ask for.
 
     Raises:
         LowVRAMError: `out` exists and `resume` is not set, or what `resume` names is not there.
     """
     if settings.resume is None:
-        return Start(run=Run.create(settings), checkpoint=None, messages=[])
+        return Start(run=Run.new(settings), checkpoint=None, messages=[])
     if settings.resume == "auto":
         folder = Path(settings.out).expanduser() if settings.out else newest(settings.recipe)
         if folder is None or not (folder / "recipe.yaml").is_file():
             where = f"out={folder}" if folder else f"a run of {settings.recipe} in outputs/"
-            run = Run.create(settings)
+            run = Run.new(settings)
             return Start(run=run, checkpoint=None, messages=[f"resume=auto found no {where}; starting {run.folder}"])
         return _continue(Run.open(folder), None, settings)
     return _from_path(Path(settings.resume).expanduser(), settings)
@@ -50,7 +50,7 @@ def _from_path(path: Path, settings: Settings) -> Start:
     if settings.out is None or Path(settings.out).expanduser().resolve() == saved.folder.resolve():
         return _continue(saved, found, settings)
     merged, messages = merge(saved.settings, settings)
-    run = Run.create(merged)
+    run = Run.new(merged)
     return Start(run=run, checkpoint=found, messages=[f"going on from {found} in {run.folder}", *messages])
 
 
@@ -61,9 +61,7 @@ def _continue(saved: Run, found: Path | None, settings: Settings) -> Start:
         messages.append(f"{saved.folder} has no good checkpoint yet; starting it from the beginning")
     else:
         messages.append(f"resuming {found}")
-    run = Run(saved.folder, merged)
-    run.write_settings()
-    return Start(run=run, checkpoint=found, messages=messages)
+    return Start(run=Run(saved.folder, merged), checkpoint=found, messages=messages)
 
 
 def merge(saved: Settings, given: Settings) -> tuple[Settings, list[str]]:

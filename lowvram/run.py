@@ -24,33 +24,24 @@ OUTPUTS = Path("outputs")
 
 
 class Run:
-    """A run folder. `Run.create` makes one, `Run.open` finds one."""
+    """A run folder. `Run.new` names one, `Run.open` finds one; `prepare` makes it on the disk."""
 
-    def __init__(self, folder: Path, settings: Settings) -> None:
+    def __init__(self, folder: Path, settings: Settings, *, is_new: bool = False) -> None:
         self.folder = folder
         self.settings = settings
+        self.is_new = is_new
 
     @classmethod
-    def create(cls, settings: Settings) -> "Run":
-        """Make the folder that `settings.out` names, or the next free outputs/RECIPE.
+    def new(cls, settings: Settings) -> "Run":
+        """The folder that `settings.out` names, or the next free outputs/RECIPE. Nothing is written yet.
 
         Raises:
-            LowVRAMError: `out` exists and holds something, or can't be made.
+            LowVRAMError: `out` exists and holds something.
         """
         folder = Path(settings.out).expanduser() if settings.out else _free(OUTPUTS / settings.recipe)
-        try:
-            if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-                raise LowVRAMError(
-                    f"out={folder} exists already.", "Add resume=auto to go on with it, or choose another out=FOLDER."
-                )
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise LowVRAMError(
-                f"out={folder} can't be made: {error.strerror}.", "Choose another out=FOLDER."
-            ) from error
-        run = cls(folder, settings)
-        run.write_settings()
-        return run
+        if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+            raise _exists(folder)
+        return cls(folder, settings, is_new=True)
 
     @classmethod
     def open(cls, folder: str | Path) -> "Run":
@@ -94,10 +85,24 @@ class Run:
             raise LowVRAMError(f"{self.folder} has no good checkpoint for {which}.", f"It has: {steps}.")
         return path
 
-    def write_settings(self) -> None:
-        """Write recipe.yaml."""
+    def prepare(self) -> None:
+        """Make the folder and write recipe.yaml.
+
+        Raises:
+            LowVRAMError: it can't be made.
+        """
         text = OmegaConf.to_yaml(OmegaConf.create(settings_values(self.settings)))
-        _write_whole(self.folder / "recipe.yaml", text)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if self.is_new:
+                (self.folder / "recipe.yaml").touch(exist_ok=False)  # two runs begun at once don't share a folder
+            _write_whole(self.folder / "recipe.yaml", text)
+            self.is_new = False
+        except FileExistsError as error:
+            raise _exists(self.folder) from error
+        except OSError as error:
+            problem = f"the run folder {self.folder} can't be written: {error.strerror}."
+            raise LowVRAMError(problem, "Choose another out=FOLDER.") from error
 
     def log(self, values: dict[str, Any]) -> None:
         """Add a line to metrics.jsonl."""
@@ -121,6 +126,12 @@ class Run:
     def grid_path(self, images_seen: int) -> Path:
         """Where a sample grid goes: fakes_KIMG.png, with the images spelled out where kimg is not whole."""
         return self.folder / f"fakes_{round(images_seen / 1000):06d}.png"
+
+
+def _exists(folder: Path) -> LowVRAMError:
+    return LowVRAMError(
+        f"out={folder} exists already.", "Add resume=auto to go on with it, or choose another out=FOLDER."
+    )
 
 
 def newest(recipe: str) -> Path | None:

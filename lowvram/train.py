@@ -8,6 +8,21 @@ from lowvram.errors import LowVRAMError
 from lowvram.settings import Settings
 
 
+_HYDRA_FLAGS = ("--multirun", "-m", "--resolve", "--hydra-help", "--version")
+_HYDRA_FLAGS_WITH_VALUE = (
+    "--cfg",
+    "-c",
+    "--package",
+    "-p",
+    "--info",
+    "-i",
+    "--config-dir",
+    "-cd",
+    "--config-name",
+    "-cn",
+)
+
+
 def main() -> None:
     """Entry of the command."""
     arguments = sys.argv[1:]
@@ -22,7 +37,7 @@ def _hydra(arguments: list[str]) -> None:
     import hydra
     from omegaconf import DictConfig
 
-    flags = [a for a in arguments if a.startswith("-")]
+    flags = [a for a in arguments if a.split("=")[0] in _HYDRA_FLAGS + _HYDRA_FLAGS_WITH_VALUE]
     words = config.parse_assignments([a for a in arguments if a not in flags and not _is_flag_value(a, arguments)])
     if not any(w.startswith("recipe=") for w in words):
         raise LowVRAMError("No recipe was given.", f"Add recipe=NAME: {', '.join(config.recipe_names())}.")
@@ -63,8 +78,7 @@ def _train(settings: Settings) -> None:
 def _is_flag_value(argument: str, arguments: list[str]) -> bool:
     """Whether a word belongs to the Hydra flag before it, such as `job` in `--cfg job`."""
     index = arguments.index(argument)
-    takes_value = ("--cfg", "-c", "--package", "-p", "--info", "-i", "--config-dir", "-cd", "--config-name", "-cn")
-    return index > 0 and arguments[index - 1] in takes_value and "=" not in argument
+    return index > 0 and arguments[index - 1] in _HYDRA_FLAGS_WITH_VALUE and "=" not in argument
 
 
 if __name__ == "__main__":

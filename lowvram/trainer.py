@@ -73,6 +73,7 @@ class Trainer:
         for message in start.messages:
             self.progress.say(message)
 
+        Trackers.check(self.recipe)
         torch.manual_seed(self.recipe.seed)
         self.task = build_task(self.recipe, self.device)
         self.task.prepare_training()
@@ -81,6 +82,9 @@ class Trainer:
         self._skipped: set[str] = set()
         if start.checkpoint is not None:
             self._restore(start)
+        if self.rank == 0:  # only now: a mistake found on the way here leaves no folder and changes no saved recipe
+            self.run.prepare()
+            self.run.drop_metrics_after(self.step)
         self.trackers = Trackers(self.recipe, self.run) if self.rank == 0 else None
 
     # Training.
@@ -262,8 +266,6 @@ class Trainer:
             self.progress.say(
                 f"the data set is not the one the run was begun with ({was}); its order starts anew from here"
             )
-        if self.rank == 0:
-            self.run.drop_metrics_after(self.step)
 
     # Around a step.
 
@@ -392,7 +394,7 @@ class Trainer:
         return bool(self._sum_over_processes(torch.tensor(float(flag), device=self.device)) > 0)
 
     def _on_main_process(self, find: Any) -> Start:
-        """Make or find the run folder in one process, and tell the others."""
+        """Choose or find the run folder in one process, and tell the others."""
         outcome: list[Any] = [None]
         if self.rank == 0:
             try:

@@ -153,6 +153,7 @@ def test_a_network_of_another_shape_is_refused_with_the_reason(tiny: Make) -> No
     Trainer(tiny("kimg=0.016"), quiet=True).fit()
     with pytest.raises(LowVRAMError, match="don't fit the recipe"):
         Trainer(tiny("resume=auto", "model.channel_max=8"), quiet=True)
+    assert Trainer(tiny("resume=auto"), quiet=True).step == 2  # the saved recipe was not spoilt
 
 
 def test_resume_from_a_path_into_a_new_run(tiny: Make, tmp_path: Path) -> None:
