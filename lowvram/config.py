@@ -227,7 +227,8 @@ def _parse_options(options_type: type[_Options], words: list[str]) -> _Options:
         if required and not any(w.startswith(f"{field.name}=") for w in words):
             raise LowVRAMError(f"{field.name} is missing.", f"Add {field.name}=VALUE.")
     with friendly_errors():
-        merged = OmegaConf.merge(OmegaConf.structured(options_type), OmegaConf.from_dotlist(words))
+        given = OmegaConf.from_dotlist([re.sub(r"=\[(.*)\]$", r"=\1", word) for word in words])  # lists are "a,b" here
+        merged = OmegaConf.merge(OmegaConf.structured(options_type), given)
         options = OmegaConf.to_object(merged)
     assert isinstance(options, options_type)
     return options

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from lowvram.config import settings_values
 from lowvram.errors import LowVRAMError
+from lowvram.phase import Phase
 from lowvram.run import Run
 from lowvram.settings import Settings, flatten
 from lowvram.tasks import Task
@@ -115,31 +116,43 @@ class Trackers:
             self._tracker = None
 
 
-def estimate_cpu_cost(task: Task, settings: Settings, world_size: int, images_seen: int) -> Iterator[str]:
-    """Time the G and D phases on one group of images, and say what the rest of the run will take on this CPU.
+def estimate_cpu_cost(task: Task, settings: Settings, world_size: int, images_seen: int) -> str:
+    """Time each phase on a few images, and say what the rest of the run will take on this CPU.
 
     Nothing is updated: gradients are dropped, and a phase's random numbers depend on its samples alone.
     """
-    images = torch.stack([task.dataset()[i % len(task.dataset())] for i in range(task.group)])
-    labels = torch.full([task.group], 0 if getattr(task, "c_dim", 0) else -1)
-    per_kimg = 0.0
-    for phase in task.phases:
-        with phase.trainable():
-            micro = next(phase.micro_batches(images, labels, torch.arange(task.group), 0, settings.seed))
-            begun = time.perf_counter()
-            for loss in phase.losses(micro):
-                loss.backward()
-            seconds_per_image = (time.perf_counter() - begun) / len(micro) / phase.every
-            per_kimg += seconds_per_image * phase.samples / settings.batch * 1000 / world_size
-        for parameter in phase.parameters():
-            parameter.grad = None
+    per_kimg = sum(
+        _seconds_per_image(task, phase) / phase.every * phase.samples / settings.batch * 1000 / world_size
+        for phase in task.phases
+    )
     rest = settings.kimg - images_seen / 1000
     line = (
         f"no GPU: about {duration(per_kimg)} for each kimg on this CPU, {duration(per_kimg * rest)} for {rest:g} kimg"
     )
     if per_kimg * rest > 3600 and settings.recipe != "faces32":
         line += "; recipe=faces32 makes faces in ten minutes. Training all the same; Ctrl-C stops and saves"
-    yield line
+    return line
+
+
+def _seconds_per_image(task: Task, phase: Phase) -> float:
+    """Forward and backward of one group of images; where that is quick, again with a whole micro-batch, warmed up."""
+    dataset = task.dataset()
+    seconds = 0.0
+    for count in (task.group, phase.micro_batch or phase.samples):
+        indices = [i % len(dataset) for i in range(max(count, task.group))]
+        images = torch.stack([dataset[i] for i in indices])
+        labels = torch.tensor([dataset.label(i) for i in indices])
+        with phase.trainable():
+            micro = next(phase.micro_batches(images, labels, torch.arange(len(indices)), 0, 0))
+            begun = time.perf_counter()
+            for loss in phase.losses(micro):
+                loss.backward()
+            seconds = (time.perf_counter() - begun) / len(micro)
+        for parameter in phase.parameters():
+            parameter.grad = None
+        if seconds * len(micro) > 1:
+            break
+    return seconds
 
 
 def duration(seconds: float) -> str:

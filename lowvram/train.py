@@ -7,7 +7,6 @@ from lowvram import config, launch
 from lowvram.errors import LowVRAMError
 from lowvram.settings import Settings
 
-
 _HYDRA_FLAGS = ("--multirun", "-m", "--resolve", "--hydra-help", "--version")
 _HYDRA_FLAGS_WITH_VALUE = (
     "--cfg",

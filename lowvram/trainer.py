@@ -292,8 +292,7 @@ class Trainer:
             save_grid(torch.stack([dataset[i] for i in range(count)]), self.run.folder / "reals.png")
             self.save_samples()
         if self.device.type == "cpu" and self.rank == 0:
-            for line in estimate_cpu_cost(self.task, self.recipe, self.world_size, self.images_seen):
-                self.progress.say(line)
+            self.progress.say(estimate_cpu_cost(self.task, self.recipe, self.world_size, self.images_seen))
 
     def _log(self, losses: dict[str, list[float]], seconds: float, images: int) -> None:
         costs = self.meter.take()
