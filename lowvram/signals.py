@@ -2,7 +2,7 @@
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -10,8 +10,9 @@ from types import FrameType
 class StopRequest:
     """Whether a signal has asked to stop. Outside `listening` signals mean what they always do."""
 
-    def __init__(self) -> None:
+    def __init__(self, tell: Callable[[str], None]) -> None:
         self.asked = False
+        self._tell = tell
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -31,3 +32,4 @@ class StopRequest:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
+        self._tell(f"{signal.Signals(number).name}: finishing the step, then saving; once more stops at once, unsaved")

@@ -69,7 +69,7 @@ class Trainer:
         self.seconds = 0.0  # of training, over all sessions of the run
         self.interrupted = False
         self.meter = Meter(self.device, synchronize=synchronize)
-        self.stop_request = StopRequest()
+        self.stop_request = StopRequest(self.progress.say)
         for message in start.messages:
             self.progress.say(message)
 

@@ -137,7 +137,12 @@ def test_the_saved_recipe_wins_unless_overridden_by_name(tiny: Make, capsys: pyt
     first.fit()
     given = load_recipe(
         "faces32",
-        [*(w for w in TINY if not w.startswith("batch")), f"out={first.run.folder}", "resume=auto", "kimg=0.08"],
+        [
+            *(w for w in TINY if not w.startswith(("batch", "loss.r1_gamma"))),
+            f"out={first.run.folder}",
+            "resume=auto",
+            "kimg=0.08",
+        ],
     )
     given.batch = 32  # differs from the saved one, but the user did not name it
     again = Trainer(given)
