@@ -73,7 +73,7 @@ class Progress:
         if self._bar is not None and not self._bar.disable:
             self._bar.set_postfix_str(text)
         elif self._bar is not None and not self.quiet:
-            left = duration((self._bar.total - values["kimg"]) * values["s_per_kimg"])
+            left = duration(max(0.0, self._bar.total - values["kimg"]) * values["s_per_kimg"])
             print(f"{values['kimg']:8.2f} kimg  {text}, {left} left", flush=True)
 
 
