@@ -379,6 +379,14 @@ class Trainer:
                 f"in groups of {self.task.group}.",
                 f"Use a multiple of {parts}.",
             )
+        first_of_last_process = self.recipe.batch // parts * (self.world_size - 1)  # see Loader for who holds what
+        for phase in self.task.phases:
+            if phase.samples <= first_of_last_process:
+                raise LowVRAMError(
+                    f"the {phase.samples} images of phase {phase.name} leave some of {self.world_size} processes "
+                    "without one.",
+                    "Use loss.path_length_batch_shrink=1, or fewer processes.",
+                )
 
     def _sum_over_processes(self, value: Tensor) -> Tensor:
         if self.world_size == 1:

@@ -46,7 +46,15 @@ def test_two_processes_give_the_losses_of_one(tmp_path: Path) -> None:
     assert len(json.loads((newest[1] / "state.json").read_text())["rng"]) == 2  # each process keeps its own
 
 
-def test_a_batch_that_does_not_divide_is_named(tmp_path: Path) -> None:
-    result = launch(tmp_path, *WORDS, "batch=4", "out=two")
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["batch=4"], "batch=4 does not divide among 2 processes"),
+        (["model.mbstd_group_size=1"], "the 4 images of phase path_length leave some of 2 processes without one"),
+    ],
+)
+def test_a_batch_that_can_not_be_shared_is_named(tmp_path: Path, words: list[str], said: str) -> None:
+    result = launch(tmp_path, *WORDS, *words, "out=two")
     assert result.returncode != 0
-    assert "batch=4 does not divide among 2 processes" in result.stderr
+    assert said in result.stderr
+    assert list(tmp_path.iterdir()) == []
