@@ -248,7 +248,7 @@ class Trainer:
         assert start.checkpoint is not None
         saved = checkpoints.read(start.checkpoint)
         for name, network in self.task.networks.items():
-            if name not in saved.tensors and name == "augment":  # augmentation was switched on by name
+            if name not in saved.tensors and name in self.task.optional_networks:  # switched on by name since then
                 continue
             load_network(network, saved.tensors.get(name, {}), name, start.checkpoint)
         for name, optimizer in self.task.optimizers.items():

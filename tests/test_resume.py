@@ -161,6 +161,14 @@ def test_a_network_of_another_shape_is_refused_with_the_reason(tiny: Make) -> No
     assert Trainer(tiny("resume=auto"), quiet=True).step == 2  # the saved recipe was not spoilt
 
 
+def test_augmentation_can_be_switched_on_at_a_resume(tiny: Make) -> None:
+    Trainer(tiny("kimg=0.016", "augment.mode=none"), quiet=True).fit()
+    again = Trainer(tiny("resume=auto", "kimg=0.024", "augment.mode=ada", "augment.p=0.3"), quiet=True)
+    assert (again.step, again.task.status()["augment_p"]) == (2, pytest.approx(0.3))
+    again.fit()
+    assert again.images_seen == 24
+
+
 def test_resume_from_a_path_into_a_new_run(tiny: Make, tmp_path: Path) -> None:
     first = Trainer(tiny("kimg=0.032", "snapshot_kimg=0.016"), quiet=True)
     first.fit()

@@ -128,6 +128,22 @@ def test_the_average_is_between_the_start_and_the_weights(tiny: Make) -> None:
     assert torch.allclose(after[key], (before[key] + after[source]) / 2, atol=1e-6)
 
 
+def test_clip_norm_bounds_the_norm_over_all_parameters(tiny: Make) -> None:
+    trainer = Trainer(tiny("micro_batch.D=4"), quiet=True)
+    phase = next(p for p in trainer.task.phases if p.name == "D")
+    seen: list[float] = []
+
+    def look(*_: object) -> None:
+        seen.append(float(torch.nn.utils.get_total_norm([p.grad for p in phase.parameters() if p.grad is not None])))
+
+    phase.optimizer.register_step_pre_hook(look)
+    trainer.task.phases = [phase]
+    steps(trainer, 1)
+    phase.clip_norm = seen[0] / 1000
+    steps(trainer, 1)
+    assert seen[1] == pytest.approx(phase.clip_norm, rel=1e-3)
+
+
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_a_non_finite_step_stops_with_its_phase_and_harms_nothing(tiny: Make, where: str) -> None:
     trainer = Trainer(tiny("snapshot_kimg=0.008"), quiet=True)

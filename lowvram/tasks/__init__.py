@@ -26,6 +26,7 @@ class Task(ABC):
     Attributes:
         networks: all that a checkpoint holds, by the name of its file; averaged ones too.
         sampling_networks: the names of those that sampling needs.
+        optional_networks: the names of those that a resumed checkpoint may lack, for a setting has switched them on.
         phases: in the order in which a step runs them.
         optimizers: by name; phases may share one.
         averages: updated by the trainer after each step.
@@ -34,6 +35,7 @@ class Task(ABC):
 
     networks: dict[str, nn.Module]
     sampling_networks: tuple[str, ...]
+    optional_networks: tuple[str, ...] = ()
     phases: list[Phase]
     optimizers: dict[str, torch.optim.Optimizer]
     averages: list[ExponentialMovingAverage]

@@ -30,6 +30,7 @@ class StyleGAN2Task(Task):
     """Networks `G`, `D`, `G_ema` and, with augmentation, `augment`."""
 
     sampling_networks = ("G_ema",)
+    optional_networks = ("augment",)
 
     def __init__(self, settings: Settings, device: torch.device) -> None:
         super().__init__(settings, device)

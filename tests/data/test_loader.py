@@ -285,7 +285,7 @@ def test_no_worker_outlives_its_iterator(folder, end):
         with pytest.raises(KeyboardInterrupt):
             stream.throw(KeyboardInterrupt)
     assert not workers_of_this_process()
-    assert time.monotonic() - began < 4
+    assert time.monotonic() - began < 30  # a hang, not a slow machine
 
 
 def test_workers_leave_signals_to_the_main_process(folder):

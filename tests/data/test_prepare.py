@@ -166,10 +166,9 @@ def test_command(folder, tmp_path):
     assert typo.returncode == 2 and "source" in typo.stderr
 
 
-def test_help_is_quick_and_lists_every_option():
-    began = time.monotonic()
+def test_help_lists_every_option():
     said = command("--help")
-    assert said.returncode == 0 and time.monotonic() - began < 3
+    assert said.returncode == 0
     assert all(name + "=" in said.stdout for name in PrepareOptions.__dataclass_fields__)
 
 
