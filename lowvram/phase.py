@@ -46,6 +46,8 @@ class Phase:
         loss: mean loss, a scalar, of a micro-batch of b samples; or terms of it, one after the other, each of which is
             freed before the next is made. The trainer weighs them by b / samples * every.
         samples: images in one update, over all processes and micro-batches: the first so many of the batch.
+        terms: how many the loss yields.
+        second_order: the loss takes a derivative of a derivative (`create_graph`): R1, path length.
         every: the phase runs at each n-th step, and its loss counts n-fold (lazy regularisation).
         micro_batch: samples of one process in memory at a time; None: all of them.
         group: samples i, i + n / group, i + 2 n / group ... of a batch of n belong together (minibatch standard
@@ -59,6 +61,8 @@ class Phase:
     optimizer: torch.optim.Optimizer
     loss: Callable[[MicroBatch], Tensor | Iterator[Tensor]]
     samples: int
+    terms: int = 1
+    second_order: bool = False
     every: int = 1
     micro_batch: int | None = None
     group: int = 1

@@ -17,6 +17,17 @@ LOGGERS = ("none", "tensorboard", "wandb")
 AUGMENT_MODES = ("none", "fixed", "ada")
 PIPELINES = ("blit", "geom", "color", "filter", "noise", "cutout", "bg", "bgc", "bgcf", "bgcfn", "bgcfnc")
 PHASES = ("G", "path_length", "D", "R1")
+MEMORY_CHOICES = {
+    "activations": ("keep", "recompute", "offload"),
+    "optimizer": ("adam", "adam8bit", "paged_adam", "paged_adam8bit", "lion8bit", "adafactor"),
+    "update": ("after", "fused", "deferred"),
+    "state": ("device", "host"),
+    "weights": ("device", "stream"),
+    "weights_dtype": ("fp32", "bf16"),
+    "ema": ("device", "host"),
+    "attention": ("sdpa", "xformers", "math"),
+    "fsdp": ("none", "shard", "offload"),
+}
 
 _UNITS_BYTES = {"gb": 2**30, "gib": 2**30, "mb": 2**20, "mib": 2**20}
 
@@ -151,6 +162,37 @@ class MicroBatchSettings:
 
 
 @dataclass(kw_only=True)
+class MemorySettings:
+    """How memory is saved; lowvram.memory.policy holds what the values mean and which go together.
+
+    activations by phase; optimizer, update, state, weights and weights_dtype by optimizer.
+    """
+
+    activations: dict[str, str]
+    recompute_every: int
+    optimizer: dict[str, str]
+    update: dict[str, str]
+    state: dict[str, str]
+    weights: dict[str, str]
+    weights_dtype: dict[str, str]
+    ema: str
+    attention: str
+    fsdp: str
+
+    def __post_init__(self) -> None:
+        _at_least("memory.recompute_every", self.recompute_every, 1)
+        for name, values in {**self.by_optimizer(), "activations": self.activations}.items():
+            for key, value in values.items():
+                _one_of(f"memory.{name}.{key}", value, MEMORY_CHOICES[name])
+        for name in ("ema", "attention", "fsdp"):
+            _one_of(f"memory.{name}", getattr(self, name), MEMORY_CHOICES[name])
+
+    def by_optimizer(self) -> dict[str, dict[str, str]]:
+        """The settings that each optimizer has."""
+        return {name: getattr(self, name) for name in ("optimizer", "update", "state", "weights", "weights_dtype")}
+
+
+@dataclass(kw_only=True)
 class Settings:
     """A whole recipe. Made by `load_recipe`; see conf/config.yaml and conf/task/ for what each setting means."""
 
@@ -178,6 +220,7 @@ class Settings:
     ema: EmaSettings
     augment: AugmentSettings
     micro_batch: MicroBatchSettings
+    memory: MemorySettings
     overrides: list[str] = field(default_factory=list)  # the settings that the user named, in dotted form
 
     def __post_init__(self) -> None:

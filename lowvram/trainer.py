@@ -16,8 +16,12 @@ from lowvram import checkpoint as checkpoints
 from lowvram import rng
 from lowvram.data import Batch, Loader
 from lowvram.errors import LowVRAMError
+from lowvram.memory.apply import Applied
 from lowvram.memory.guard import Meter, PhaseCost
-from lowvram.phase import MicroBatch, Phase
+from lowvram.memory.policy import MemoryPolicy
+from lowvram.memory.precision import choose
+from lowvram.memory.rescue import Rescue
+from lowvram.phase import Phase
 from lowvram.progress import Progress, Trackers, estimate_cpu_cost
 from lowvram.resume import Start, find_start
 from lowvram.sampling.grids import save_grid
@@ -80,6 +84,8 @@ class Trainer:
         self._check_processes()
         self.loader = self._make_loader()
         self._skipped: set[str] = set()
+        self.applied = self._apply_policy()
+        self.rescue = Rescue(self.applied, self.task.networks.values(), self.progress.say)
         if start.checkpoint is not None:
             self._restore(start)
         if self.rank == 0:  # only now: a mistake found on the way here leaves no folder and changes no saved recipe
@@ -136,15 +142,13 @@ class Trainer:
             if self.step % phase.every:
                 continue
             self.progress.phase(phase.name)
-            with self.meter.phase(phase.name), phase.trainable():
-                micro_batches = phase.micro_batches(images, batch.labels, batch.position, start, self.recipe.seed)
-                loss, means = self.accumulate(phase, micro_batches)
-                losses[phase.name] = self.update(phase, loss)
-                if phase.finish is not None:
-                    phase.finish(means)
+            with self.meter.phase(phase.name):
+                losses[phase.name] = self.run_phase(phase, batch, images, start)
         self.step += 1
         self.images_seen += self.recipe.batch
         self.task.end_step(self.step)
+        if self.task.averages:
+            self.applied.settle()
         for average in self.task.averages:
             average.update(self.images_seen, self.recipe.batch)
         self.progress.advance(self.images_seen)
@@ -152,50 +156,36 @@ class Trainer:
             step=self.step, images_seen=self.images_seen, losses=losses, costs=self._costs_since(costs_before, losses)
         )
 
-    def accumulate(self, phase: Phase, micro_batches: Iterator[MicroBatch]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Sum the gradients of a phase; return its loss and what it reported, as means over all processes' samples."""
-        total = torch.zeros([], device=self.device)
-        reported: dict[str, Tensor] = {}
-        for micro in micro_batches:
-            for loss in phase.losses(micro):
-                weighted = loss * (len(micro) / phase.samples)
-                (weighted * phase.every).backward()
-                total += weighted.detach()
-                del loss, weighted  # their graph holds the activations
-            for name, value in micro.reported.items():
-                reported[name] = reported[name] + value if name in reported else value
-        means = {name: self._sum_over_processes(value) / phase.samples for name, value in sorted(reported.items())}
-        return self._sum_over_processes(total), means
+    def run_phase(self, phase: Phase, batch: Batch, images: Tensor, start: int) -> float:
+        """Loss, gradients and update of one phase over the whole batch; returns the loss.
 
-    def update(self, phase: Phase, loss: Tensor) -> float:
-        """Apply the accumulated gradients, unless something is not finite. Returns the loss."""
-        parameters = [p for p in phase.parameters() if self.world_size > 1 or p.grad is not None]
-        for parameter in parameters:
-            if self.world_size > 1:
-                grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                parameter.grad = self._sum_over_processes(grad)
-        grads = [p.grad for p in parameters if p.grad is not None]
-        if self._computes_fp16():  # a rare overflow in fp16 concerns single elements (StyleGAN2-ADA's practice)
-            for grad in grads:
-                torch.nan_to_num(grad, nan=0.0, posinf=1e5, neginf=-1e5, out=grad)
-        norm = torch.nn.utils.get_total_norm(grads, foreach=True)
-        loss_value, norm_value = torch.stack([loss, norm.to(loss)]).tolist()
-        if not (_finite(loss_value) and _finite(norm_value)):
-            for parameter in parameters:
-                parameter.grad = None
-            raise self._non_finite(phase, loss_value, norm_value)
-        if phase.clip_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(parameters, phase.clip_norm, norm, foreach=True)
-        phase.optimizer.step()
-        for parameter in parameters:
-            parameter.grad = None
-        return float(loss_value)
+        images: uint8 [n, C, H, W] of the batch on the device. start: place in the stream of the batch's first image.
+        Out of memory, the phase is begun again under a thriftier policy, with the same data and random numbers.
+        """
+
+        def gradients() -> tuple[Tensor, dict[str, Tensor]]:
+            micro_batches = phase.micro_batches(images, batch.labels, batch.position, start, self.recipe.seed)
+            with self.applied.running(phase):
+                return self.applied.accumulate(phase, micro_batches)
+
+        loss, means = self.rescue.redo(phase, gradients)
+        outcome = self.rescue.resume(phase, lambda: self.applied.update(phase, loss))
+        if not outcome.finite:
+            raise self._non_finite(phase, outcome.loss, outcome.norm)
+        if not outcome.applied:
+            self.progress.say(f"phase {phase.name}: fp16 gradients overflowed; the step is skipped, the scale halved")
+        elif phase.finish is not None:
+            phase.finish(means)
+        return outcome.loss
 
     # Sampling and saving.
 
     def sample(self, n: int, seed: int = 0, **options: Any) -> Tensor:
         """n images of the averaged network, uint8 [n, C, H, W] on the CPU; image i depends on the seed and i alone."""
-        return self.task.sample(n, seed, **options)
+        with self.applied.averages_on_device():
+            return self.rescue.in_slices(
+                lambda size: self.task.sample(n, seed, **{"micro_batch": size, **options}), self.recipe.batch
+            )
 
     def save(self, *, final: bool = False) -> Path | None:
         """Write a sample grid and a checkpoint. A full disk loses neither the run nor older checkpoints.
@@ -204,13 +194,12 @@ class Trainer:
             LowVRAMError: the disk is full and `final` leaves no later chance.
         """
         states = gather_object([rng.states(self.device)])
+        content = self._checkpoint(states)
         path = None
         if self.rank == 0:
             try:
                 self.save_samples()
-                path = checkpoints.write(
-                    self.run.checkpoints, self.step, self._checkpoint(states), keep=self.recipe.keep
-                )
+                path = checkpoints.write(self.run.checkpoints, self.step, content, keep=self.recipe.keep)
             except OSError as error:
                 problem = f"the checkpoint of step {self.step} could not be written to {self.run.folder}: {error}"
                 if final:
@@ -223,11 +212,12 @@ class Trainer:
 
     def save_samples(self) -> None:
         """Write fakes_KIMG.png, the same latents each time."""
-        images = self.task.sample(self.recipe.grid, seed=self.recipe.seed)
+        images = self.sample(self.recipe.grid, seed=self.recipe.seed)
         save_grid(images, self.run.grid_path(self.images_seen))
 
     def _checkpoint(self, rng_states: list[dict[str, Any]]) -> checkpoints.Checkpoint:
-        tensors = {name: network.state_dict() for name, network in self.task.networks.items()}
+        self.applied.settle()
+        tensors = {name: self.applied.full_state(network) for name, network in self.task.networks.items()}
         tensors["task"] = self.task.tensors()
         numbers: dict[str, Any] = {
             "step": self.step,
@@ -237,8 +227,8 @@ class Trainer:
             "optimizers": {},
             "rng": [],
         }
-        for name, optimizer in self.task.optimizers.items():
-            tensors[f"optimizer_{name}"], numbers["optimizers"][name] = checkpoints.pack_optimizer(optimizer)
+        for name, updater in self.applied.updaters.items():
+            tensors[f"optimizer_{name}"], numbers["optimizers"][name] = updater.state()
         for index, state in enumerate(rng_states):
             tensors[f"rng_{index}"] = state["tensors"]
             numbers["rng"].append(state["numbers"])
@@ -250,10 +240,11 @@ class Trainer:
         for name, network in self.task.networks.items():
             if name not in saved.tensors and name in self.task.optional_networks:  # switched on by name since then
                 continue
-            load_network(network, saved.tensors.get(name, {}), name, start.checkpoint)
-        for name, optimizer in self.task.optimizers.items():
+            load_network(network, saved.tensors.get(name, {}), name, start.checkpoint, self.applied.load_state)
+        for name, updater in self.applied.updaters.items():
             packed = saved.tensors[f"optimizer_{name}"]
-            checkpoints.unpack_optimizer(optimizer, packed, saved.numbers["optimizers"][name])
+            for message in updater.load_state(packed, saved.numbers["optimizers"][name]):
+                self.progress.say(f"optimizer of {name}: {message}")
         self.task.load_tensors(saved.tensors["task"])
         self.step, self.images_seen = saved.numbers["step"], saved.numbers["images_seen"]
         self.seconds = saved.numbers["seconds"]
@@ -349,6 +340,21 @@ class Trainer:
         return NonFiniteError(
             f"phase {phase.name}: the {what} at step {self.step} ({self.images_seen / 1000:g} kimg).",
             f"{remedy} and a lower optimizer.lr, a higher loss.r1_gamma, or precision=fp32.",
+        )
+
+    def _apply_policy(self) -> Applied:
+        own = self.task.own_precision
+        precision = "fp32" if own else choose(self.recipe.precision, self.device)
+        return Applied(
+            MemoryPolicy.from_settings(self.recipe, precision=precision),
+            self.task.phases,
+            device=self.device,
+            averages=self.task.averages,
+            seed=self.recipe.seed,
+            own_precision=own,
+            zero_nonfinite=own and self._computes_fp16(),
+            world_size=self.world_size,
+            sum_over_processes=self._sum_over_processes,
         )
 
     def _computes_fp16(self) -> bool:

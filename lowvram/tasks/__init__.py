@@ -1,7 +1,7 @@
 """What is trained. A task builds networks, phases and a sampler; the trainer runs them, whichever task it is."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
@@ -30,6 +30,7 @@ class Task(ABC):
         phases: in the order in which a step runs them.
         optimizers: by name; phases may share one.
         averages: updated by the trainer after each step.
+        own_precision: the networks choose their own 16-bit layers, so that autocast is not for them.
         group: how many samples belong together in a batch (see Phase.group).
     """
 
@@ -40,6 +41,7 @@ class Task(ABC):
     optimizers: dict[str, torch.optim.Optimizer]
     averages: list[ExponentialMovingAverage]
     group: int = 1
+    own_precision: bool = False
 
     def __init__(self, settings: Settings, device: torch.device) -> None:
         self.settings = settings
@@ -125,10 +127,16 @@ def load_run(run_folder: str | Path, *, checkpoint: str | int = "latest", device
     return task
 
 
-def load_network(network: nn.Module, tensors: dict[str, Tensor], name: str, path: Path) -> None:
-    """Load a network's weights, or say which of them don't fit."""
+def load_network(
+    network: nn.Module,
+    tensors: dict[str, Tensor],
+    name: str,
+    path: Path,
+    load: Callable[[nn.Module, dict[str, Tensor]], object] = nn.Module.load_state_dict,
+) -> None:
+    """Load a network's weights, or say which of them don't fit. load: how, for networks that are wrapped."""
     try:
-        network.load_state_dict(tensors)
+        load(network, tensors)
     except RuntimeError as error:
         detail = str(error).splitlines()[1].strip() if len(str(error).splitlines()) > 1 else str(error)
         raise LowVRAMError(

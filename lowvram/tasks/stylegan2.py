@@ -31,6 +31,7 @@ class StyleGAN2Task(Task):
 
     sampling_networks = ("G_ema",)
     optional_networks = ("augment",)
+    own_precision = True
 
     def __init__(self, settings: Settings, device: torch.device) -> None:
         super().__init__(settings, device)
@@ -79,6 +80,7 @@ class StyleGAN2Task(Task):
                     name="path_length",
                     loss=self._path_length_loss,
                     samples=settings.phase_batch("path_length"),
+                    second_order=True,
                     every=path_length_every,
                     micro_batch=micro.path_length,
                     finish=self._track_path_length,
@@ -86,10 +88,11 @@ class StyleGAN2Task(Task):
                 )
             )
         self.phases.append(
-            Phase(name="D", loss=self._d_loss, micro_batch=micro.D, finish=self._track_sign, **d, **whole)
+            Phase(name="D", loss=self._d_loss, terms=2, micro_batch=micro.D, finish=self._track_sign, **d, **whole)
         )
         if r1_every:
-            self.phases.append(Phase(name="R1", loss=self._r1_loss, every=r1_every, micro_batch=micro.R1, **d, **whole))
+            r1: dict[str, Any] = {"every": r1_every, "micro_batch": micro.R1, "second_order": True}
+            self.phases.append(Phase(name="R1", loss=self._r1_loss, **r1, **d, **whole))
         self.averages = [
             ExponentialMovingAverage(
                 self.G, self.G_ema, half_life_kimg=settings.ema.half_life_kimg, rampup=settings.ema.rampup

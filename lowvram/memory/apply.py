@@ -1,0 +1,300 @@
+"""Carry out a `MemoryPolicy` on plain networks, from outside and in one fixed order.
+
+    applied = apply(policy, phases, device=device)
+    with applied.running(phase):
+        loss, means = applied.accumulate(phase, micro_batches)
+    outcome = applied.update(phase, loss)
+
+The order: weights' dtype, their place (sharded, streamed or resident), optimizers and gradient hooks, the averages'
+place; then, each time a phase runs: trainable weights, attention, blocks (streamed, recomputed), autocast, offloaded
+activations.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from lowvram.ema import ExponentialMovingAverage, on_device
+from lowvram.errors import LowVRAMError
+from lowvram.memory import attention, checkpointing, fsdp, precision
+from lowvram.memory.blocks import find_blocks
+from lowvram.memory.check import check
+from lowvram.memory.ladder import PhaseFacts
+from lowvram.memory.offload import ActivationOffload
+from lowvram.memory.policy import MemoryPolicy
+from lowvram.memory.stream import BlockStream
+from lowvram.memory.update import Outcome, Updater
+from lowvram.phase import MicroBatch, Phase
+
+
+def apply(policy: MemoryPolicy, phases: Sequence[Phase], *, device: torch.device | str, **options: object) -> "Applied":
+    """Wrap the networks and optimizers of `phases`. Their state-dict keys stay as they are. Options: see `Applied`."""
+    return Applied(policy, phases, device=torch.device(device), **options)  # type: ignore[arg-type]
+
+
+class Applied:
+    """Phases under a policy.
+
+    Args:
+        policy: what to do. Changed later by `change`, after a step that ran out of memory.
+        phases: of plain networks and plain optimizers; a phase's own optimizer only lends its hyperparameters.
+        averages: averaged networks, moved where the policy wants them.
+        blocks: a network's blocks by name, for networks whose structure does not show them.
+        seed: root of the random numbers of stochastic rounding.
+        own_precision: the networks choose their 16-bit layers themselves, so that neither autocast nor narrow weights
+            are for them; non-finite elements of their gradients are zeroed if `zero_nonfinite`.
+        world_size, sum_over_processes: of data-parallel training.
+
+    Raises:
+        LowVRAMError: the policy can't be honoured; the settings that stand against each other are named.
+    """
+
+    def __init__(
+        self,
+        policy: MemoryPolicy,
+        phases: Sequence[Phase],
+        *,
+        device: torch.device,
+        averages: Sequence[ExponentialMovingAverage] = (),
+        blocks: Mapping[nn.Module, Mapping[str, nn.Module]] | None = None,
+        seed: int = 0,
+        own_precision: bool = False,
+        zero_nonfinite: bool = False,
+        world_size: int = 1,
+        sum_over_processes: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        self.policy, self.phases, self.device, self.averages = policy, list(phases), device, list(averages)
+        self.seed, self.world_size, self._zero_nonfinite = seed, world_size, zero_nonfinite
+        self._sum = sum_over_processes if world_size > 1 else None
+        self.optimizer_names: dict[str, str] = {}  # by the name of the phase
+        names: dict[int, str] = {}
+        for phase in self.phases:
+            self.optimizer_names[phase.name] = names.setdefault(id(phase.optimizer), phase.name)
+        self._networks: dict[int, nn.Module] = {id(n): n for phase in self.phases for n in phase.networks}
+        self._blocks = {key: self._find(network, blocks) for key, network in self._networks.items()}
+        check(policy, self.phases, self.optimizer_names, self._facts_by_name(), own_precision, world_size, device)
+
+        self._streams: dict[int, BlockStream] = {}
+        self._sharded: list[nn.Module] = []
+        self.updaters: dict[str, Updater] = {}
+        self._place_weights()
+        for name in dict.fromkeys(self.optimizer_names.values()):
+            self.updaters[name] = self._make_updater(name)
+        self._place_averages()
+        self._offload = ActivationOffload(device)
+        self._set_micro_batches()
+
+    # A phase.
+
+    @contextmanager
+    def running(self, phase: Phase) -> Iterator[None]:
+        """What a phase's forward and backward need around them."""
+        own = self.policy.phase(phase.name)
+        with ExitStack() as stack:
+            stack.enter_context(phase.trainable())
+            stack.enter_context(self.updater(phase).collecting())
+            stack.enter_context(attention.using(self.policy.attention, second_order=phase.second_order))
+            for stream in self._streams.values():
+                # Under a second derivative recomputed blocks would be kept all the same: they stay for the phase.
+                stack.enter_context(stream.resident() if phase.second_order else stream.running())
+            if own.activations == "recompute":
+                for key, blocks in self._blocks.items():
+                    if key not in self._streams:  # streamed blocks are recomputed anyway
+                        stack.enter_context(checkpointing.recomputing(list(blocks.values()), own.recompute_every))
+            if self._sharded:
+                stack.enter_context(fsdp.running(self._sharded, second_order=phase.second_order))
+            yield
+
+    def losses(self, phase: Phase, micro: MicroBatch) -> Iterator[Tensor]:
+        """The terms of a phase's loss under autocast, their activations offloaded if so wished. Within `running`."""
+        terms = phase.losses(micro)
+        while True:
+            with ExitStack() as stack:
+                stack.enter_context(precision.autocast(self.policy.precision, self.device))
+                if self.policy.phase(phase.name).activations == "offload":
+                    stack.enter_context(self._offload)
+                loss = next(terms, None)
+            if loss is None:
+                return
+            yield loss
+            del loss  # before the next is made
+
+    def accumulate(self, phase: Phase, micro_batches: Iterator[MicroBatch]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Gradients of a phase, within `running`; its loss and what it reported, as means over all processes."""
+        updater = self.updater(phase)
+        total = torch.zeros([], device=self.device)
+        reported: dict[str, Tensor] = {}
+        for micro in micro_batches:
+            for loss in self.losses(phase, micro):
+                weighted = loss.float() * (len(micro) / phase.samples)
+                updater.backward(weighted * phase.every)
+                total += weighted.detach()
+                del loss, weighted  # their graph holds the activations
+            for name, value in micro.reported.items():
+                reported[name] = reported[name] + value if name in reported else value
+        means = {name: self._summed(value) / phase.samples for name, value in sorted(reported.items())}
+        return self._summed(total), means
+
+    def update(self, phase: Phase, loss: Tensor) -> Outcome:
+        """Apply the accumulated gradients if all is finite. Interrupted, it can be called again."""
+        return self.updater(phase).finish(loss, phase.clip_norm)
+
+    def discard(self, phase: Phase) -> None:
+        """Forget the gradients of a phase that was interrupted, to run it again.
+
+        Raises:
+            LowVRAMError: update=fused had applied some of them.
+        """
+        for network in self._sharded:
+            fsdp.reset(network)
+        self.updater(phase).discard()
+
+    def updater(self, phase: Phase) -> Updater:
+        """What changes a phase's weights."""
+        return self.updaters[self.optimizer_names[phase.name]]
+
+    # Between phases.
+
+    def settle(self) -> None:
+        """Make the networks' parameters current where updates wait for a block's next use."""
+        for updater in self.updaters.values():
+            updater.flush()
+
+    def change(self, policy: MemoryPolicy) -> None:
+        """Go on under another policy: micro-batches, activations, optimizer state and averages may differ."""
+        changed = [n for n in self.updaters if policy.optimizer(n) != self.policy.optimizer(n)]
+        for name in changed:
+            if replace(policy.optimizer(name), state="device") != replace(self.policy.optimizer(name), state="device"):
+                raise LowVRAMError(
+                    f"a running training can change only the place of {name}'s state.", "Resume instead."
+                )
+        saved = {name: self.updaters[name].state() for name in changed}
+        for name in changed:
+            self.updaters.pop(name).close()
+        self.policy = policy
+        for name, (tensors, numbers) in saved.items():
+            on_host = {key: tensor.cpu() for key, tensor in tensors.items()}
+            self.updaters[name] = self._make_updater(name)
+            self.updaters[name].load_state(on_host, numbers)
+        self._place_averages()
+        self._set_micro_batches()
+
+    @contextmanager
+    def averages_on_device(self) -> Iterator[None]:
+        """Averaged networks that live on the host are on the device within, to sample from."""
+        with ExitStack() as stack:
+            for average in self.averages:
+                stack.enter_context(on_device(average.target, self.device))
+            yield
+
+    def full_state(self, network: nn.Module) -> dict[str, Tensor]:
+        """A network's state dict as if nothing were done to it. Every process calls it."""
+        return fsdp.full_state(network) if fsdp.is_sharded(network) else network.state_dict()
+
+    def load_state(self, network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+        """Load what `full_state` gave, under this policy or any other."""
+        self.settle()
+        if fsdp.is_sharded(network):
+            fsdp.load_full(network, tensors)
+        else:
+            network.load_state_dict(dict(tensors))
+
+    def facts(self, phase: Phase) -> PhaseFacts:
+        """What the choice of a thriftier policy needs to know of a phase."""
+        return PhaseFacts(
+            name=phase.name,
+            optimizer=self.optimizer_names[phase.name],
+            samples_per_process=-(-phase.samples // self.world_size),
+            group=phase.group,
+            second_order=phase.second_order,
+            has_blocks=any(self._blocks.values()),
+        )
+
+    # Construction.
+
+    def _place_weights(self) -> None:
+        for name, network in self._named_networks():
+            policy = self.policy.optimizer(name)
+            if policy.weights_dtype == "bf16":
+                network.to(torch.bfloat16)
+            if self.policy.fsdp != "none":
+                own_names = {n.split(".", 1)[1]: block for n, block in self._blocks[id(network)].items()}
+                fsdp.shard(network, own_names, self.device, offload=self.policy.fsdp == "offload")
+                self._sharded.append(network)
+                self._hand_over(network)
+            elif policy.weights == "stream":
+                self._streams[id(network)] = BlockStream(network, self._blocks[id(network)], self.device)
+
+    def _hand_over(self, network: nn.Module) -> None:
+        """Sharding replaces parameters by new ones: optimizers and hyperparameters follow by position."""
+        for phase in self.phases:
+            if network in phase.networks:
+                params = [p for n in phase.networks for p in n.parameters()]
+                (group,) = phase.optimizer.param_groups
+                group["params"] = params
+
+    def _make_updater(self, name: str) -> Updater:
+        phases = [phase for phase in self.phases if self.optimizer_names[phase.name] == name]
+        networks = {id(n): n for phase in phases for n in phase.networks}
+        blocks: dict[str, list[nn.Parameter]] = {}
+        streams: dict[str, BlockStream] = {}
+        for key in networks:
+            for block_name, block in self._blocks[key].items():
+                blocks[block_name] = list(block.parameters())
+                if key in self._streams:
+                    streams[block_name] = self._streams[key]
+        return Updater(
+            name,
+            phases[0].optimizer,
+            self.policy.optimizer(name),
+            blocks=blocks,
+            streams=streams,
+            device=self.device,
+            seed=self.seed,
+            scale=precision.LossScale() if self.policy.precision == "fp16" else None,
+            zero_nonfinite=self._zero_nonfinite,
+            sharded=self.policy.fsdp != "none",
+            sum_over_processes=self._sum,
+        )
+
+    def _place_averages(self) -> None:
+        for average in self.averages:
+            average.target.to("cpu" if self.policy.ema == "host" else self.device)
+
+    def _set_micro_batches(self) -> None:
+        for phase in self.phases:
+            wanted = self.policy.phase(phase.name).micro_batch
+            if wanted is not None:
+                phase.micro_batch = wanted
+
+    def _named_networks(self) -> Iterator[tuple[str, nn.Module]]:
+        """Each network once, with the name of its optimizer."""
+        seen: set[int] = set()
+        for phase in self.phases:
+            for network in phase.networks:
+                if id(network) not in seen:
+                    seen.add(id(network))
+                    yield self.optimizer_names[phase.name], network
+
+    def _find(
+        self, network: nn.Module, given: Mapping[nn.Module, Mapping[str, nn.Module]] | None
+    ) -> dict[str, nn.Module]:
+        """A network's blocks, named apart from those of others; none where its structure shows none."""
+        if given is not None and network in given:
+            found = dict(given[network])
+        else:
+            try:
+                found = find_blocks(network)
+            except LowVRAMError:
+                found = {}
+        index = list(self._networks).index(id(network))
+        return {f"{index}.{name}": block for name, block in found.items()}
+
+    def _facts_by_name(self) -> dict[str, PhaseFacts]:
+        return {phase.name: self.facts(phase) for phase in self.phases}
+
+    def _summed(self, value: Tensor) -> Tensor:
+        return value if self._sum is None else self._sum(value)

@@ -1,0 +1,145 @@
+"""Parameters that one inner optimizer changes at one time: a whole network's, a block's, or a single one."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowvram import seeded
+from lowvram.memory import host, optimizers
+
+
+class Part:
+    """Steps some parameters, with their state brought to the device only for the step where it lives on the host.
+
+    A step that is interrupted (an optimizer that ran out of memory) can be called again: it is applied once.
+
+    Args:
+        params: fp32, or bf16 without a master copy: those are stepped in fp32, then rounded stochastically.
+        indices: the places of `params` among the network's, for random numbers that depend on nothing else.
+        kind, like: see `optimizers.build`.
+        state_on_host: keep the state in host memory between steps.
+    """
+
+    def __init__(
+        self,
+        params: Sequence[nn.Parameter],
+        indices: Sequence[int],
+        kind: str,
+        like: torch.optim.Optimizer,
+        *,
+        device: torch.device,
+        state_on_host: bool,
+    ) -> None:
+        self.params = list(params)
+        self.indices = list(indices)
+        self.device = device
+        self.narrow = self.params[0].dtype == torch.bfloat16
+        # Stand-ins are what the inner optimizer sees of bf16 weights: filled in fp32 for a step, empty between steps.
+        self.shells = [nn.Parameter(p.detach().float()) for p in self.params] if self.narrow else self.params
+        self.optimizer = optimizers.build(kind, self.shells, like=like)
+        optimizers.init_state(self.optimizer)
+        self._stepped = False
+        # Before any hook of others: what they raise must not make an applied step look like one to repeat.
+        self.optimizer.register_step_post_hook(lambda *_: setattr(self, "_stepped", True))
+        self._may_stop_midway = kind == "adafactor"  # the others allocate nothing between their first and last write
+        self._host_state: list[Tensor] | None = [] if state_on_host else None
+        self._empty_shells()
+        self._download()
+
+    @torch.no_grad()
+    def step(self, grads: Sequence[Tensor | None], factor: float, *, seed: int, count: int) -> None:
+        """Change the parameters, which are on the device, by factor * gradient; gradients may lie on the host.
+
+        seed, count: root of the rounding's random numbers, and the number of updates before this one.
+        """
+        if self._stepped:  # by a call that something interrupted just after
+            self._stepped = False
+            return
+        for shell, param, grad in zip(self.shells, self.params, grads, strict=True):
+            if self.narrow:
+                shell.data = param.detach().float()
+            shell.grad = None if grad is None else self._scaled(grad, factor, shell.dtype)
+        try:
+            self._upload()
+            self._inner_step()
+        finally:
+            if self._stepped:
+                self._round(seed, count)
+            self._download()
+            for shell in self.shells:
+                shell.grad = None
+            self._empty_shells()
+        self._stepped = False
+
+    def adopt_state(self) -> None:
+        """Move state that was loaded from a checkpoint to where this part keeps it."""
+        if self._host_state is not None:
+            self._host_state = []
+            self._download()
+
+    def _inner_step(self) -> None:
+        if not self._may_stop_midway:
+            self.optimizer.step()
+            return
+        weights = [shell.detach().clone() for shell in self.shells]
+        state = {shell: _cloned(self.optimizer.state[shell]) for shell in self.shells}
+        try:
+            self.optimizer.step()
+        except BaseException:
+            if not self._stepped:
+                for shell, weight in zip(self.shells, weights, strict=True):
+                    shell.copy_(weight)
+                self.optimizer.state.update(state)
+            raise
+
+    def _round(self, seed: int, count: int) -> None:
+        if not self.narrow:
+            return
+        for shell, param, index in zip(self.shells, self.params, self.indices, strict=True):
+            if shell.grad is not None:
+                generator = torch.Generator(device=param.device).manual_seed(seeded.mix(seed, count, index))
+                optimizers.stochastic_round_(param, shell.detach(), generator)
+
+    def _scaled(self, grad: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
+        if grad.device != self.device or host.is_host(grad):
+            grad = _to_device(grad, self.device)
+        elif factor != 1 and grad.dtype == dtype:
+            grad = grad.clone()  # the caller's own stays as it is, for a second attempt
+        grad = grad.to(dtype)
+        return grad if factor == 1 else grad.mul_(factor)
+
+    def _empty_shells(self) -> None:
+        if self.narrow:
+            for shell in self.shells:
+                shell.data = torch.empty(0, device=shell.device)
+
+    def _upload(self) -> None:
+        if self._host_state is not None:
+            optimizers.state_to(self.optimizer, lambda tensor: _to_device(tensor, self.device))
+
+    def _download(self) -> None:
+        if self._host_state is None:
+            return
+        if not self._host_state:
+            optimizers.state_to(self.optimizer, self._new_host_copy)
+            return
+        kept = iter(self._host_state)
+        # Stream order keeps the device copy's memory from being used before it is read.
+        optimizers.state_to(self.optimizer, lambda tensor: next(kept).copy_(tensor, non_blocking=True))
+
+    def _new_host_copy(self, tensor: Tensor) -> Tensor:
+        copy = host.copy_of(tensor)
+        assert self._host_state is not None
+        self._host_state.append(copy)
+        return copy
+
+
+def _cloned(state: dict[str, Any]) -> dict[str, Any]:
+    return {name: value.clone() if isinstance(value, Tensor) else value for name, value in state.items()}
+
+
+def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy on the device, also where that is the CPU: the host's own is not to be changed by halves."""
+    return torch.empty_like(tensor, device=device).copy_(tensor, non_blocking=True)

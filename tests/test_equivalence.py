@@ -1,0 +1,168 @@
+"""One golden, every memory policy: whatever is done to save memory, the same network is trained.
+
+The plain run is the reference, made anew each time (tests/test_golden.py holds its own losses to a file). Techniques
+that only move or recompute numbers must end bit-identical; those that cut a batch differ by the order of additions;
+narrow state and narrow weights have a stated tolerance, and a convergence test beside it.
+"""
+
+from collections.abc import Callable
+from functools import cache
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from small_unet import train
+from tiny import TINY
+from torch import Tensor
+
+from lowvram import Trainer, load_recipe
+from lowvram.errors import LowVRAMError
+from lowvram.memory.apply import Applied
+from lowvram.memory.policy import MemoryPolicy, OptimizerPolicy, PhasePolicy
+
+# An eps well above rounding: Adam's first steps are else the signs of gradients, and rounding decides those near zero.
+CALM = ("optimizer.eps=0.01", "optimizer.lr=0.02", "augment.pipeline=bgcfnc", "augment.p=0.5", "augment.mode=fixed")
+REORDERED = 2e-6  # largest difference of a weight of magnitude about 1 when sums are made in another order
+
+# What each technique may change of the last bits: nothing, or the order of additions.
+STYLEGAN2 = {
+    "recompute": (("memory.activations.G=recompute", "memory.activations.D=recompute"), 0.0),
+    "recompute every second": (("memory.activations.D=recompute", "memory.recompute_every=2"), 0.0),
+    "offload everywhere": (tuple(f"memory.activations.{p}=offload" for p in ("G", "path_length", "D", "R1")), 0.0),
+    "micro-batches": (("micro_batch.G=4", "micro_batch.path_length=2", "micro_batch.D=4", "micro_batch.R1=4"), REORDERED),
+    "deferred": (("memory.update.G=deferred", "memory.update.D=deferred"), 0.0),
+    "fused G": (("memory.update.G=fused",), 0.0),
+    "deferred, micro-batches": (("memory.update.D=deferred", "micro_batch.D=4", "micro_batch.R1=4"), REORDERED),
+    "state on the host": (("memory.state.G=host", "memory.state.D=host"), 0.0),
+    "streamed": (
+        ("memory.weights.G=stream", "memory.update.G=deferred", "memory.weights.D=stream", "memory.update.D=deferred"),
+        0.0,
+    ),
+    "average on the host": (("memory.ema=host",), 1e-7),
+    "sharded": (("memory.fsdp=shard",), REORDERED),
+    "sharded and offloaded": (("memory.fsdp=offload",), REORDERED),
+    "math attention": (("memory.attention=math",), 0.0),
+}  # fmt: skip
+
+
+def weights(trainer: Trainer) -> dict[str, Tensor]:
+    """Every tensor of every network, as a checkpoint would hold it."""
+    trainer.applied.settle()
+    return {
+        f"{name}.{key}": tensor.detach().clone()
+        for name, network in trainer.task.networks.items()
+        for key, tensor in trainer.applied.full_state(network).items()
+    }
+
+
+def largest_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    assert one.keys() == other.keys()
+    return max(float((one[key].double() - other[key].double()).abs().max()) for key in one if one[key].numel())
+
+
+def ten_steps(recipe: object) -> dict[str, Tensor]:
+    """Train ten steps: all four phases, path length and R1 five times each."""
+    trainer = Trainer(recipe, quiet=True)
+    for _ in trainer:
+        pass
+    assert trainer.step == 10
+    return weights(trainer)
+
+
+@pytest.fixture(scope="module")
+def plain_stylegan2(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
+    out = tmp_path_factory.mktemp("plain") / "run"
+    return ten_steps(load_recipe("faces32", [*TINY, f"out={out}", "kimg=0.08", *CALM]))
+
+
+@pytest.mark.parametrize("technique", STYLEGAN2)
+def test_stylegan2_is_the_same_under(
+    technique: str, tiny: Callable[..., object], plain_stylegan2: dict[str, Tensor]
+) -> None:
+    overrides, tolerance = STYLEGAN2[technique]
+    got = ten_steps(tiny("kimg=0.08", *CALM, *overrides))
+    assert largest_difference(got, plain_stylegan2) <= tolerance
+
+
+# A small UNet: one phase, first order, with attention.
+
+
+@cache
+def plain_unet(clip_norm: float | None = None, steps: int = 10) -> tuple[dict[str, Tensor], tuple[float, ...]]:
+    applied, losses = train(MemoryPolicy(), steps=steps, clip_norm=clip_norm)
+    return unet_weights(applied), tuple(losses)
+
+
+def unet_weights(applied: Applied) -> dict[str, Tensor]:
+    (network,) = applied.phases[0].networks
+    return {key: tensor.detach().clone() for key, tensor in applied.full_state(network).items()}
+
+
+def policy(*, phase: dict[str, object] | None = None, **optimizer: object) -> MemoryPolicy:
+    return MemoryPolicy(
+        phases={"denoise": PhasePolicy(**(phase or {}))}, optimizers={"denoise": OptimizerPolicy(**optimizer)}
+    )
+
+
+UNET = {
+    "recompute": (policy(phase={"activations": "recompute"}), 0.0),
+    "recompute every third": (policy(phase={"activations": "recompute", "recompute_every": 3}), 0.0),
+    "offload": (policy(phase={"activations": "offload"}), 0.0),
+    "micro-batches": (policy(phase={"micro_batch": 1}), REORDERED),
+    "deferred": (policy(update="deferred"), 0.0),
+    "deferred, state on the host": (policy(update="deferred", state="host"), 0.0),
+    "fused": (policy(update="fused"), 0.0),
+    "streamed": (policy(weights="stream", update="deferred"), 0.0),
+    "streamed, fused": (policy(weights="stream", update="fused"), 0.0),
+    "streamed, micro-batches": (policy(phase={"micro_batch": 2}, weights="stream", update="deferred"), REORDERED),
+    "paged": (policy(kind="paged_adam"), REORDERED),
+    "sharded": (MemoryPolicy(fsdp="shard"), REORDERED),
+    "sharded and offloaded": (MemoryPolicy(fsdp="offload"), REORDERED),
+}
+
+
+@pytest.mark.parametrize("technique", UNET)
+def test_a_unet_is_the_same_under(technique: str) -> None:
+    chosen, tolerance = UNET[technique]
+    applied, losses = train(chosen)
+    wanted, wanted_losses = plain_unet()
+    assert losses == pytest.approx(wanted_losses, rel=1e-5)
+    assert largest_difference(unet_weights(applied), wanted) <= tolerance
+
+
+@pytest.mark.parametrize("update", ["after", "deferred"])
+def test_clipping_means_the_global_norm_under_every_update(update: str) -> None:
+    applied, _ = train(policy(phase={"micro_batch": 2}, update=update), clip_norm=0.1)
+    clipped, _ = plain_unet(clip_norm=0.1)
+    assert largest_difference(unet_weights(applied), clipped) <= REORDERED
+    assert largest_difference(clipped, plain_unet()[0]) > 100 * REORDERED  # the bound of 0.1 was met
+
+
+@settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    activations=st.sampled_from(["keep", "recompute", "offload"]),
+    every=st.integers(1, 3),
+    micro_batch=st.sampled_from([None, 1, 2, 4]),
+    update=st.sampled_from(["after", "deferred", "fused"]),
+    state=st.sampled_from(["device", "host"]),
+    stream=st.booleans(),
+    clip_norm=st.sampled_from([None, 0.1]),
+)
+def test_combinations_train_the_same_unet_or_say_why_not(
+    activations: str, every: int, micro_batch: int | None, update: str, state: str, stream: bool, clip_norm: float | None
+) -> None:
+    phase = {"activations": activations, "recompute_every": every, "micro_batch": micro_batch}
+    impossible = (stream and update == "after") or (
+        update == "fused" and (clip_norm is not None or micro_batch in (1, 2))
+    )
+    try:
+        chosen = policy(phase=phase, update=update, state=state, weights="stream" if stream else "device")
+        applied, losses = train(chosen, steps=3, clip_norm=clip_norm)
+    except LowVRAMError as error:
+        assert impossible
+        assert "=" in str(error)
+        return
+    assert not impossible
+    wanted, wanted_losses = plain_unet(clip_norm, 3)
+    assert losses == pytest.approx(wanted_losses, rel=1e-5)
+    assert largest_difference(unet_weights(applied), wanted) <= REORDERED
