@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from lowvram.config import settings_values
 from lowvram.errors import LowVRAMError
+from lowvram.memory.apply import Applied
 from lowvram.phase import Phase
 from lowvram.run import Run
 from lowvram.settings import Settings, flatten
@@ -65,7 +66,8 @@ class Progress:
         losses = " ".join(f"{k.removeprefix('loss/')} {v:.3f}" for k, v in values.items() if k.startswith("loss/"))
         memory = f"{values['peak_allocated_bytes'] / 2**30:.2f}"
         if on_gpu:
-            memory = f"peak {memory} of {values['peak_reserved_bytes'] / 2**30:.2f} GiB reserved"
+            reserved, device = (values[f"{kind}_bytes"] / 2**30 for kind in ("peak_reserved", "device"))
+            memory = f"peak {memory} of {reserved:.2f} GiB reserved, {device:.2f} on the card"
         else:
             memory = f"RSS {memory} GiB"
         p = f" p {values['augment_p']:.3f}" if "augment_p" in values else ""
@@ -116,13 +118,18 @@ class Trackers:
             self._tracker = None
 
 
-def estimate_cpu_cost(task: Task, settings: Settings, world_size: int, images_seen: int) -> str:
+def estimate_cpu_cost(task: Task, settings: Settings, applied: Applied, images_seen: int) -> str:
     """Time each phase on a few images, and say what the rest of the run will take on this CPU.
 
     Nothing is updated: gradients are dropped, and a phase's random numbers depend on its samples alone.
     """
     per_kimg = sum(
-        _seconds_per_image(task, phase) / phase.every * phase.samples / settings.batch * 1000 / world_size
+        _seconds_per_image(task, phase, applied)
+        / phase.every
+        * phase.samples
+        / settings.batch
+        * 1000
+        / applied.world_size
         for phase in task.phases
     )
     rest = settings.kimg - images_seen / 1000
@@ -134,7 +141,7 @@ def estimate_cpu_cost(task: Task, settings: Settings, world_size: int, images_se
     return line
 
 
-def _seconds_per_image(task: Task, phase: Phase) -> float:
+def _seconds_per_image(task: Task, phase: Phase, applied: Applied) -> float:
     """Forward and backward of one group of images; where that is quick, again with a whole micro-batch, warmed up."""
     dataset = task.dataset()
     seconds = 0.0
@@ -142,10 +149,10 @@ def _seconds_per_image(task: Task, phase: Phase) -> float:
         indices = [i % len(dataset) for i in range(max(count, task.group))]
         images = torch.stack([dataset[i] for i in indices])
         labels = torch.tensor([dataset.label(i) for i in indices])
-        with phase.trainable():
+        with applied.running(phase, collect=False):
             micro = next(phase.micro_batches(images, labels, torch.arange(len(indices)), 0, 0))
             begun = time.perf_counter()
-            for loss in phase.losses(micro):
+            for loss in applied.losses(phase, micro):
                 loss.backward()
             seconds = (time.perf_counter() - begun) / len(micro)
         for parameter in phase.parameters():

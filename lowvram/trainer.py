@@ -17,7 +17,7 @@ from lowvram import rng
 from lowvram.data import Batch, Loader
 from lowvram.errors import LowVRAMError
 from lowvram.memory.apply import Applied
-from lowvram.memory.guard import Meter, PhaseCost
+from lowvram.memory.guard import Meter, PhaseCost, cap, in_gb
 from lowvram.memory.policy import MemoryPolicy
 from lowvram.memory.precision import choose
 from lowvram.memory.rescue import Rescue
@@ -25,7 +25,7 @@ from lowvram.phase import Phase
 from lowvram.progress import Progress, Trackers, estimate_cpu_cost
 from lowvram.resume import Start, find_start
 from lowvram.sampling.grids import save_grid
-from lowvram.settings import Settings
+from lowvram.settings import Settings, parse_bytes
 from lowvram.signals import StopRequest
 from lowvram.tasks import build_task, load_network, pick_device
 
@@ -78,6 +78,10 @@ class Trainer:
             self.progress.say(message)
 
         Trackers.check(self.recipe)
+        vram_bytes = None if self.recipe.vram is None else parse_bytes("vram", self.recipe.vram)
+        self.cap = cap(vram_bytes, self.device)
+        for message in self.cap.messages:
+            self.progress.say(message)
         torch.manual_seed(self.recipe.seed)
         self.task = build_task(self.recipe, self.device)
         self.task.prepare_training()
@@ -268,10 +272,8 @@ class Trainer:
             else dataset.name
         )
         self.progress.say(f"{source}, {len(dataset)} images at {self.recipe.resolution}x{self.recipe.resolution}")
-        if self.recipe.vram is not None:
-            self.progress.say(
-                f"vram={self.recipe.vram} is checked and kept with the recipe; nothing is planned from it yet"
-            )
+        if self.cap.allocator_bytes is not None:
+            self.progress.say(f"capped to vram={self.recipe.vram}: {in_gb(self.cap.allocator_bytes)} for tensors")
         sizes = ", ".join(
             f"{name} {sum(p.numel() for p in network.parameters()) / 1e6:.2f} M"
             for name, network in self.task.networks.items()
@@ -282,8 +284,9 @@ class Trainer:
             count = min(self.recipe.grid, len(dataset))
             save_grid(torch.stack([dataset[i] for i in range(count)]), self.run.folder / "reals.png")
             self.save_samples()
-        if self.device.type == "cpu" and self.rank == 0:
-            self.progress.say(estimate_cpu_cost(self.task, self.recipe, self.world_size, self.images_seen))
+        together = self.world_size > 1 and self.recipe.memory.fsdp != "none"  # one process alone would wait for ever
+        if self.device.type == "cpu" and self.rank == 0 and not together:
+            self.progress.say(estimate_cpu_cost(self.task, self.recipe, self.applied, self.images_seen))
 
     def _log(self, losses: dict[str, list[float]], seconds: float, images: int) -> None:
         costs = self.meter.take()
@@ -296,10 +299,15 @@ class Trainer:
             **self.task.status(),
             "peak_allocated_bytes": max((c.allocated_bytes for c in costs.values()), default=0),
             "peak_reserved_bytes": max((c.reserved_bytes for c in costs.values()), default=0),
+            "device_bytes": max((c.device_bytes for c in costs.values()), default=0),
         }
+        for message in self.meter.take_messages():
+            self.progress.say(message)
         for name, cost in costs.items():
             values[f"seconds/{name}"] = cost.seconds / cost.count
             values[f"peak_allocated_bytes/{name}"] = cost.allocated_bytes
+            values[f"peak_reserved_bytes/{name}"] = cost.reserved_bytes
+            values[f"device_bytes/{name}"] = cost.device_bytes
         if self._skipped:
             values["skipped_files"] = len(self._skipped)
         if self.rank == 0:
@@ -322,6 +330,7 @@ class Trainer:
                 count=cost.count - count,
                 allocated_bytes=cost.allocated_bytes,
                 reserved_bytes=cost.reserved_bytes,
+                device_bytes=cost.device_bytes,
             )
         return out
 

@@ -90,12 +90,13 @@ class Applied:
     # A phase.
 
     @contextmanager
-    def running(self, phase: Phase) -> Iterator[None]:
-        """What a phase's forward and backward need around them."""
+    def running(self, phase: Phase, *, collect: bool = True) -> Iterator[None]:
+        """What a phase's forward and backward need around them. collect: their gradients are for an update."""
         own = self.policy.phase(phase.name)
         with ExitStack() as stack:
             stack.enter_context(phase.trainable())
-            stack.enter_context(self.updater(phase).collecting())
+            if collect:
+                stack.enter_context(self.updater(phase).collecting())
             stack.enter_context(attention.using(self.policy.attention, second_order=phase.second_order))
             for stream in self._streams.values():
                 # Under a second derivative recomputed blocks would be kept all the same: they stay for the phase.
@@ -243,9 +244,10 @@ class Applied:
         streams: dict[str, BlockStream] = {}
         for key in networks:
             for block_name, block in self._blocks[key].items():
+                stream = self._streams.get(key)
                 blocks[block_name] = list(block.parameters())
-                if key in self._streams:
-                    streams[block_name] = self._streams[key]
+                if stream is not None:  # what several blocks share stays on the device
+                    blocks[block_name], streams[block_name] = stream.params[block_name], stream
         return Updater(
             name,
             phases[0].optimizer,

@@ -1,7 +1,9 @@
 """Which attention runs: torch's choice, plain matrix products, or xformers, under networks that call torch's."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
+from importlib import import_module
 from types import ModuleType
 from typing import Any
 
@@ -9,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 
 from lowvram.errors import LowVRAMError
 from lowvram.memory.policy import ATTENTION
@@ -19,7 +20,7 @@ _ALIGNMENT = 8  # elements: a row of an xformers bias begins at a multiple of 16
 
 @contextmanager
 def using(choice: str, *, second_order: bool = False) -> Iterator[None]:
-    """Attention by `choice` within, for every call of F.scaled_dot_product_attention; the backward belongs within too.
+    """Attention by `choice` within, for calls of `F.scaled_dot_product_attention`; the backward belongs within too.
 
     sdpa: torch chooses; but in a phase with second derivatives matrix products (math), the only kind that has them.
     math: matrix products. xformers: its memory-efficient attention. torch's shortcut for whole layers in evaluation,
@@ -35,7 +36,7 @@ def using(choice: str, *, second_order: bool = False) -> Iterator[None]:
         return
     if choice == "xformers":
         _check_first_order(second_order)
-        with _slow_path(), _ThroughXformers(_xformers_ops()):
+        with _slow_path(), _through(_xformers_ops()):
             yield
         return
     with _slow_path(), sdpa_kernel(SDPBackend.MATH):
@@ -67,23 +68,19 @@ def check(choice: str, device: torch.device, second_order: bool = False, *, dtyp
         ) from error
 
 
-class _ThroughXformers(TorchFunctionMode):
-    """Sends scaled_dot_product_attention to xformers; everything else runs as it is."""
+@contextmanager
+def _through(ops: ModuleType) -> Iterator[None]:
+    """Calls of F.scaled_dot_product_attention go to xformers within.
 
-    def __init__(self, ops: ModuleType) -> None:
-        super().__init__()
-        self._ops = ops
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        if func is F.scaled_dot_product_attention:
-            return _attend(self._ops, *args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+    The function is exchanged in torch.nn.functional, for all threads. A TorchFunctionMode would not do: it is off
+    inside of `backward`, where recomputed blocks attend again, and inside of nn.MultiheadAttention.
+    """
+    own = F.scaled_dot_product_attention
+    F.scaled_dot_product_attention = partial(_attend, ops)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = own  # type: ignore[assignment]
 
 
 def _attend(
@@ -159,18 +156,17 @@ def _check_first_order(second_order: bool) -> None:
 def _xformers_ops() -> ModuleType:
     """xformers.ops, if xformers is there and its own kernels are."""
     try:
-        import xformers
-        import xformers.ops as ops
+        package, ops = import_module("xformers"), import_module("xformers.ops")
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
         raise LowVRAMError(
             f"attention=xformers, but xformers can't be imported: {error}.",
             "pip install xformers, in the version built for this torch; or use attention=sdpa.",
         ) from error
-    library = getattr(xformers, "_cpp_lib", None)
+    library = getattr(package, "_cpp_lib", None)
     failure = getattr(library, "_cpp_library_load_exception", None)
     if failure is not None:  # what then remains of it calls torch's own kernels
         raise LowVRAMError(
             f"attention=xformers, but its kernels do not load beside torch {torch.__version__}.",
-            "Install the xformers built for this torch, or use attention=sdpa: what is left of it runs torch's kernels.",
+            "Install the xformers built for this torch, or use attention=sdpa.",
         ) from failure
     return ops

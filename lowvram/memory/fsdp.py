@@ -36,7 +36,8 @@ def shard(network: nn.Module, blocks: Mapping[str, nn.Module], device: torch.dev
     offload: parameters, gradients and so the optimizer's state and step are on the host; blocks visit the device.
 
     Gradients are summed over the processes, not averaged. `network.parameters()` are new objects afterwards (DTensors,
-    the names unchanged, always contiguous): make the optimizer from those. The network can't be deep-copied any more.
+    names, order and requires_grad unchanged, always contiguous): make the optimizer from those. The network can't be
+    deep-copied any more.
 
     Raises:
         LowVRAMError: torch can't do this here or with this network; it is then as it was.
@@ -46,11 +47,8 @@ def shard(network: nn.Module, blocks: Mapping[str, nn.Module], device: torch.dev
     groups = _groups(network, blocks)
     _check(network, blocks, groups)
     _send_from_first_process(network, device)
-    trained = {name: parameter.requires_grad for name, parameter in network.named_parameters()}
     whole = {parameter for parameter in network.parameters() if parameter.ndim == 0}
     for parameter in network.parameters():
-        # FSDP2 looks for the dtype of gradients among the parameters that are trained at this moment.
-        parameter.requires_grad_(parameter.is_floating_point())
         if parameter in whole:
             parameter.data = parameter.data.to(device)
         elif not parameter.is_contiguous():  # FSDP2 takes no channels_last weights
@@ -65,8 +63,6 @@ def shard(network: nn.Module, blocks: Mapping[str, nn.Module], device: torch.dev
     # Now, not at the first forward: that may be a child's, which would make the child a root, and each root completes
     # the gradients of its own part alone.
     cast(Any, network)._get_fsdp_state()._lazy_init()
-    for name, parameter in network.named_parameters():
-        parameter.requires_grad_(trained[name])
     # A mapping's output is a view. FSDP2 warns that an in-place change of it would hide the backward from FSDP2; that
     # ends in an error of its own (storage of size 0), and `running` collects the gradients anyway.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
@@ -84,6 +80,8 @@ def running(networks: Iterable[nn.Module], *, second_order: bool = False) -> Ite
     networks: all that run within, also frozen ones; those that are not sharded are left alone.
     second_order: for losses that use create_graph. The networks then stay unsharded on the device from their first use
         to the end, because the second derivative reads the weights when FSDP2 has already let go of them.
+
+    A parameter that plain autograd leaves without a gradient may get one of zeros, from a second derivative.
 
     Every process must run each network equally often. After an exception the gradients of these networks are dropped
     and they are ready for another try; unless all processes raised, the others wait in vain.
@@ -355,8 +353,8 @@ def _set_reshard(network: nn.Module, after_use: bool) -> None:
 def _collect(network: nn.Module) -> None:
     """Reduce gradients that no hook has taken, wait for all of them, and shard the weights again.
 
-    FSDP2's hooks sit on the outputs and inputs of modules. A second derivative need not pass through any of them: that
-    of R1 reaches the weights of a piecewise linear network by the graph of the first backward alone.
+    FSDP2's hooks sit on the outputs of modules and on the inputs that it finds. A second derivative need not pass them:
+    that of R1 reaches the weights of a linear layer by the graph of the first backward alone.
     """
     root: Any = cast(Any, network)._get_fsdp_state()
     if hasattr(root._state_ctx, "manual_backward_finalization_active"):  # torch 2.15 checks that a backward set it

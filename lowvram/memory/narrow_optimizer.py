@@ -33,6 +33,8 @@ class NarrowOptimizer(torch.optim.Optimizer):
     Lion moves every element by lr: it wants a third to a tenth of Adam's. Its weight decay is decoupled.
     Adam's coupled weight decay is added to `param.grad` itself.
 
+    On a CPU bitsandbytes rounds moments more coarsely than on CUDA: to no less than 1e-5 of their block's largest.
+
     Args:
         kind: adam8bit, paged_adam8bit, paged_adam, or lion8bit. On a CPU there is nothing to page.
 

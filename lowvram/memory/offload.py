@@ -107,8 +107,8 @@ class ActivationOffload:
 
     def _send(self, flat: Tensor, first: int) -> "_Parcel":
         """Start the copy of a range of memory, [n], to the host."""
-        parcel = _Parcel(self, flat)
         self._count += 1
+        parcel = _Parcel(self, flat, host.empty_like(flat), self._count)
         self._by_number[self._count] = parcel
         self._by_key[_key(flat, first, first + len(flat))] = parcel
         self._leaving.append(weakref.ref(parcel))
@@ -142,7 +142,7 @@ class ActivationOffload:
         """The parcel's memory on the device, ready for the current stream: the copy that is there, or a new one."""
         if parcel.is_leaving:
             assert parcel.held is not None
-            parcel.check(parcel.held)
+            parcel.check()
             return parcel.held
         if parcel.held is None:
             there = parcel.copy_on_device()
@@ -180,21 +180,19 @@ class ActivationOffload:
 class _Parcel:
     """A range of one storage, [n], in host memory for as long as a graph needs it, and its copy on the device."""
 
-    def __init__(self, owner: ActivationOffload, flat: Tensor) -> None:
-        self.owner, self.lanes = owner, owner._lanes
-        self.number = owner._count + 1
-        self.buffer = host.empty_like(flat)  # [n]
-        owner.host_bytes += self.buffer.nbytes
+    def __init__(self, owner: ActivationOffload, flat: Tensor, buffer: Tensor, number: int) -> None:
+        self.owner, self.lanes, self.buffer, self.number = owner, owner._lanes, buffer, number
+        owner.host_bytes += buffer.nbytes
         owner.peak_host_bytes = max(owner.peak_host_bytes, owner.host_bytes)
         self.source = weakref.ref(flat.untyped_storage())
         self.copy: weakref.ref[Any] | None = None  # the storage brought back last
-        self.version = flat._version
-        self.spoilt = False
+        self.state, self.spoilt = _state(flat), False
         # held: device memory that must stay while a side stream reads it (on its way out) or writes it.
-        self.held: Tensor | None = flat
-        self.is_leaving = True
+        self.held: Tensor | None = None
+        self.is_leaving = False
         self.back: Any = None  # the ticket of the copy back
-        self.out = self.lanes.start(self.buffer, flat, to_host=True, after=None)
+        self.out = self.lanes.start(buffer, flat, to_host=True, after=None)
+        self.held, self.is_leaving = flat, True
 
     def stems_from(self, storage: Any) -> bool:
         """Whether this is the storage that was sent, or its last copy."""
@@ -206,7 +204,7 @@ class _Parcel:
 
     def fetch(self, device: torch.device) -> Tensor:
         """Start a copy to new device memory [n], which `held` keeps until `release`."""
-        self.check(None)
+        self.check()
         flat = torch.empty(len(self.buffer), dtype=self.buffer.dtype, device=device)
         self.back = self.lanes.start(flat, self.buffer, to_host=False, after=self.out)
         self.held, self.copy = flat, weakref.ref(flat.untyped_storage())
@@ -215,17 +213,20 @@ class _Parcel:
     def release(self) -> None:
         """Let go of the device memory, which the computation does not use again before the copy is done."""
         if self.held is not None:
-            if self.is_leaving and self.held._version != self.version:
-                self.spoilt = True
+            self.spoilt = self.is_spoilt()
             self.lanes.wait(self.out if self.is_leaving else self.back)
             self.held, self.is_leaving = None, False
 
-    def check(self, held: Tensor | None) -> None:
-        """Raise where autograd would: a saved tensor changed in place, here while its copy was on the way."""
-        if self.spoilt or (held is not None and held._version != self.version):
+    def is_spoilt(self) -> bool:
+        """Whether the memory was written to, or taken away, before the copy to the host was known to be done."""
+        return self.spoilt or (self.is_leaving and self.held is not None and _state(self.held) != self.state)
+
+    def check(self) -> None:
+        """Raise where autograd would, and where the copy may be wrong."""
+        if self.is_spoilt():
             raise RuntimeError(
                 f"a tensor of {len(self.buffer)} values ({self.buffer.dtype}) that the backward needs was changed in "
-                "place after it was saved"
+                "place, or its memory freed, after it was saved"
             )
 
     def __del__(self) -> None:
@@ -307,6 +308,11 @@ def _span(tensor: Tensor) -> tuple[int, int]:
     """The elements of its storage that a tensor lies in: from the first to behind the last."""
     first = int(tensor.storage_offset())
     return first, first + 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def _state(tensor: Tensor) -> tuple[int, int]:
+    """What shows that memory is no longer as it was: its version, and its size (FSDP frees weights by resizing)."""
+    return tensor._version, tensor.untyped_storage().nbytes()
 
 
 def _key(tensor: Tensor, first: int, stop: int) -> tuple[Any, ...]:

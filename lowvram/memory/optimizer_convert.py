@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowvram.memory.narrow_optimizer import BLOCK_ELEMENTS, code_values, functional
+from lowvram.memory.narrow_optimizer import BLOCK_ELEMENTS, code_values
 
 
 @dataclass(kw_only=True)
@@ -81,30 +81,42 @@ def set_step(state: dict[str, Any], step: int) -> None:
         state["step"] = step
 
 
+def quantize(values: Tensor, code: str) -> tuple[Tensor, Tensor]:
+    """float32 [n] as uint8 [n] and the scale of each block, float32 [blocks]; `code`: see `code_values`.
+
+    bitsandbytes' own for CPUs is not used: it looks values up in a coarse table, where all below 1e-5 of the block's
+    largest become 2e-5 of it, zeros too.
+    """
+    levels = torch.tensor(code_values(code))
+    padded = torch.nn.functional.pad(values, (0, -len(values) % BLOCK_ELEMENTS)).view(-1, BLOCK_ELEMENTS)
+    scales = padded.abs().amax(dim=1)
+    scaled = padded / scales.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
+    nearest = torch.bucketize(scaled, (levels[1:] + levels[:-1]) / 2)
+    return nearest.to(torch.uint8).view(-1)[: len(values)], scales
+
+
+def dequantize(narrow: Tensor, scales: Tensor, code: str) -> Tensor:
+    """What `quantize`, or a step on the device, made of float32 [n]."""
+    values = torch.tensor(code_values(code))[narrow.long()]
+    return values * scales.repeat_interleave(BLOCK_ELEMENTS)[: len(narrow)]
+
+
 def _read(saved: Mapping[str, Any], name: str, code: str, shape: torch.Size) -> Tensor | None:
     if name in saved:
         wide: Tensor = saved[name]
         return wide.detach().float().cpu().reshape(shape)
     if f"{name}_8bit" not in saved:
         return None
-    values: Tensor = functional("8-bit optimizer state in the checkpoint").dequantize_blockwise(
-        saved[f"{name}_8bit"].cpu(),
-        absmax=saved[f"{name}_absmax"].cpu(),
-        code=torch.tensor(code_values(code)),
-        blocksize=BLOCK_ELEMENTS,
-    )
-    return values.reshape(shape)
+    return dequantize(saved[f"{name}_8bit"].cpu(), saved[f"{name}_absmax"].cpu(), code).reshape(shape)
 
 
 def _write(state: dict[str, Any], name: str, values: Tensor, code: str) -> None:
     if name in state:
         state[name].copy_(values)
         return
-    narrow, quantized = functional("8-bit optimizer state").quantize_blockwise(
-        values.reshape(-1), code=torch.tensor(code_values(code)), blocksize=BLOCK_ELEMENTS
-    )
+    narrow, scales = quantize(values.reshape(-1), code)
     state[f"{name}_8bit"].copy_(narrow)
-    state[f"{name}_absmax"].copy_(quantized.absmax)
+    state[f"{name}_absmax"].copy_(scales)
 
 
 def _write_factored(state: dict[str, Any], second: Tensor) -> None:

@@ -97,7 +97,7 @@ class Rescue:
 
     def _given_up(self, where: str, failure: OutOfMemory, reserved_bytes: int) -> LowVRAMError:
         least = guard.smallest_budget_bytes(
-            reserved_bytes=reserved_bytes, wanted_bytes=failure.wanted_bytes or 0, device=self.applied.device
+            reserved_bytes=reserved_bytes, wanted_bytes=failure.wanted_bytes, device=self.applied.device
         )
         return LowVRAMError(
             f"out of memory in {where} ({_wanted(failure)}), and no thriftier policy is left.",

@@ -12,7 +12,6 @@ slot is its own, and the other is free for the block after it, once the kernels 
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,16 +21,15 @@ from torch.utils._pytree import tree_map_only
 
 from lowvram.memory import host
 from lowvram.memory.checkpointing import Forward, recompute, wrapped_forwards
-
-_ALIGNMENT_BYTES = 512  # of each parameter in a buffer, as the allocators give it: kernels are chosen by alignment
+from lowvram.memory.stream_parts import Order, Slot, StreamedBlock, host_buffers
 
 
 class BlockStream:
     """Keeps the weights of a network's blocks on the host and brings them to the device, one block ahead of its use.
 
     Exact. Parameters stay the same objects, under the same names; the data of a streamed one is a view of the device's
-    copy while its block is there, and of the host's otherwise. Parameters that several blocks share, or that lie outside
-    of blocks, are on the device throughout, and so are buffers.
+    copy while its block is there, and of the host's otherwise. Parameters that several blocks share, or that lie
+    outside of blocks, are on the device throughout, and so are buffers.
 
     Whoever reads or changes weights outside of `running`, `resident` and `loaded` (saving, averaging, loading a state
     dict) calls `flush` first: until then the host's copy may be older than the device's.
@@ -51,14 +49,19 @@ class BlockStream:
         self._copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._blocks = self._take_over(network, blocks)
         self._of_module = {id(block.module): block for block in self._blocks.values()}
-        self._slot_bytes = max((len(block.weights) for block in self._blocks.values()), default=0)
-        self._slots: list[_Slot] = []
-        self._recent: _Slot | None = None  # the slot that was used last, and so may be in use still
-        self._order = _Order()
+        self._slot_bytes = max((block.size_bytes for block in self._blocks.values()), default=0)
+        self._slots: list[Slot] = []
+        self._recent: Slot | None = None  # the slot that was used last, and so may be in use still
+        self._order = Order()
         self._resident = False
         self._inside: str | None = None  # the block whose forward is running
 
     # For callers.
+
+    @property
+    def params(self) -> dict[str, list[nn.Parameter]]:
+        """The parameters that stream, by the names of their blocks; all others are on the device."""
+        return {name: list(block.params) for name, block in self._blocks.items()}
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -100,9 +103,8 @@ class BlockStream:
         try:
             yield
         finally:
-            with _untraced():
-                slot.changed = True
-                if slot.block is block:
+            if slot.block is block:
+                with _untraced():
                     self._write_back(slot)
 
     def mark_changed(self, name: str) -> None:
@@ -159,7 +161,7 @@ class BlockStream:
 
         return kept
 
-    def _use(self, block: "_Block") -> None:
+    def _use(self, block: StreamedBlock) -> None:
         backward = _in_backward()
         pass_ = "backward" if backward else "forward" if torch.is_grad_enabled() else "no_grad"
         with _untraced():
@@ -174,7 +176,7 @@ class BlockStream:
             self._prefetch(self._order.after(block.name, pass_))
 
     @contextmanager
-    def _one_at_a_time(self, block: "_Block") -> Iterator[None]:
+    def _one_at_a_time(self, block: StreamedBlock) -> Iterator[None]:
         if self._inside is not None:
             raise RuntimeError(f"block {block.name!r} runs inside {self._inside!r}: blocks must not call one another")
         self._inside = block.name
@@ -194,7 +196,7 @@ class BlockStream:
 
     # Slots. Copies run on a stream of their own, one after the other; each waits for the kernels launched before it.
 
-    def _bring(self, block: "_Block") -> "_Slot":
+    def _bring(self, block: StreamedBlock) -> Slot:
         """The slot with the block, its parameters pointing there; kernels launched from now on see its weights."""
         slot = self._holding(block)
         if slot is None:
@@ -213,21 +215,21 @@ class BlockStream:
         if name is not None and self._holding(self._blocks[name]) is None:
             self._load(self._blocks[name])
 
-    def _load(self, block: "_Block") -> "_Slot":
-        slot = self._free_slot(len(block.weights))
+    def _load(self, block: StreamedBlock) -> Slot:
+        slot = self._free_slot(block.size_bytes)
         self._evict(slot)
         slot.arrived = self._copy(slot.buffer, block.weights)
         slot.block, slot.in_use, slot.changed, slot.version = block, False, False, block.version()
         return slot
 
-    def _free_slot(self, wanted_bytes: int) -> "_Slot":
+    def _free_slot(self, wanted_bytes: int) -> Slot:
         if self._resident or len(self._slots) < 2:
             size_bytes = wanted_bytes if self._resident else self._slot_bytes
-            self._slots.append(_Slot(buffer=torch.empty(size_bytes, dtype=torch.uint8, device=self.device)))
+            self._slots.append(Slot(buffer=torch.empty(size_bytes, dtype=torch.uint8, device=self.device)))
             return self._slots[-1]
         return next(slot for slot in self._slots if slot is not self._recent)
 
-    def _evict(self, slot: "_Slot") -> None:
+    def _evict(self, slot: Slot) -> None:
         block = slot.block
         if block is None:
             return
@@ -240,7 +242,7 @@ class BlockStream:
             increment_version(block.params)
         slot.block, slot.in_use, slot.changed = None, False, False
 
-    def _write_back(self, slot: "_Slot") -> None:
+    def _write_back(self, slot: Slot) -> None:
         assert slot.block is not None
         self._copy(slot.block.weights, slot.buffer)
         slot.changed, slot.version = False, slot.block.version()
@@ -257,7 +259,7 @@ class BlockStream:
             target.copy_(source, non_blocking=True)
             return self._copies.record_event()
 
-    def _holding(self, block: "_Block") -> "_Slot | None":
+    def _holding(self, block: StreamedBlock) -> Slot | None:
         return next((slot for slot in self._slots if slot.block is block), None)
 
     def _modules(self) -> list[nn.Module]:
@@ -266,7 +268,7 @@ class BlockStream:
     # Construction.
 
     @torch.no_grad()
-    def _take_over(self, network: nn.Module, blocks: Mapping[str, nn.Module]) -> dict[str, "_Block"]:
+    def _take_over(self, network: nn.Module, blocks: Mapping[str, nn.Module]) -> dict[str, StreamedBlock]:
         holders: dict[nn.Parameter, set[str]] = {}
         inside = {id(module) for block in blocks.values() for module in block.modules()}
         for name, block in blocks.items():
@@ -281,94 +283,14 @@ class BlockStream:
         for param, names in holders.items():
             if names == {""} or len(names) > 1:
                 param.data = param.data.to(self.device)
-        streamed = {name: [p for p in block.parameters() if holders[p] == {name}] for name, block in blocks.items()}
-        pinned = self.device.type == "cuda"
-        return {name: _Block.make(name, block, streamed[name], pinned=pinned) for name, block in blocks.items()}
-
-
-@dataclass(kw_only=True, eq=False)
-class _Block:
-    """A block's streamed parameters, and where each lies in a buffer. weights: uint8 [bytes] on the host."""
-
-    name: str
-    module: nn.Module
-    params: list[nn.Parameter]
-    offsets_bytes: list[int]
-    strides: list[tuple[int, ...]]
-    weights: Tensor
-
-    @classmethod
-    def make(cls, name: str, module: nn.Module, params: list[nn.Parameter], *, pinned: bool) -> "_Block":
-        offsets_bytes, total_bytes = [], 0
-        for param in params:
-            offsets_bytes.append(total_bytes)
-            total_bytes += -(-param.nbytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
-        # The strides of a dense copy: memory formats such as channels_last stay.
-        strides = [torch.empty_like(param, device="meta").stride() for param in params]
-        with host.on_host():
-            weights = torch.empty(total_bytes, dtype=torch.uint8, pin_memory=pinned)
-        block = cls(
-            name=name, module=module, params=params, offsets_bytes=offsets_bytes, strides=strides, weights=weights
-        )
-        for param, view in zip(params, block.views(weights), strict=True):
-            view.copy_(param.data)
-        block.point_to(weights)
-        return block
-
-    def views(self, buffer: Tensor) -> list[Tensor]:
-        """The parameters' places in a buffer, in their shapes."""
-        parts = zip(self.params, self.offsets_bytes, self.strides, strict=True)
-        return [
-            buffer[offset : offset + param.nbytes].view(param.dtype).as_strided(param.shape, stride)
-            for param, offset, stride in parts
-        ]
-
-    def point_to(self, buffer: Tensor) -> None:
-        """Make the parameters views of a buffer that holds their values."""
-        for param, view in zip(self.params, self.views(buffer), strict=True):
-            param.data = view
-
-    def version(self) -> int:
-        """Grows with each change of a parameter that torch notices."""
-        return sum(param._version for param in self.params)
-
-
-@dataclass(kw_only=True, eq=False)
-class _Slot:
-    """Device memory for one block, uint8 [bytes].
-
-    in_use: the block's parameters point here; otherwise it was only brought ahead. changed: said to differ from the
-    host's copy. version: the block's, when both were last alike. arrived: the end of the copy to the device.
-    """
-
-    buffer: Tensor
-    block: _Block | None = None
-    in_use: bool = False
-    changed: bool = False
-    version: int = 0
-    arrived: "torch.cuda.Event | None" = None
-
-
-class _Order:
-    """Guesses which block is used next, from what followed the last few when they were last used in the same way."""
-
-    MEMORY = 4  # blocks; a block that runs several times in a pass is told apart by those before it
-
-    def __init__(self) -> None:
-        self._next: dict[tuple[str, ...], str] = {}
-        self._last: tuple[str, ...] = ("",)  # the pass, then its latest blocks
-
-    def after(self, name: str, pass_: str) -> str | None:
-        """Note that a block is used in a pass ("forward", "backward" ...); the block to expect next, if any.
-
-        A pass ends where another begins, with no guess for what comes then: the backward begins with the two blocks
-        that the forward ended with, and these are in the slots.
-        """
-        if pass_ != self._last[0]:
-            self._last = (pass_,)
-        self._next[self._last] = name
-        self._last = (pass_, *self._last[1:][-self.MEMORY + 1 :], name)
-        return self._next.get(self._last)
+        made = {
+            name: StreamedBlock.make(name, block, [p for p in block.parameters() if holders[p] == {name}])
+            for name, block in blocks.items()
+        }
+        sizes_bytes = {name: block.size_bytes for name, block in made.items()}
+        for name, buffer in host_buffers(sizes_bytes, pinned=self.device.type == "cuda").items():
+            made[name].move_to(buffer)
+        return made
 
 
 @contextmanager

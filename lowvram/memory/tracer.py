@@ -71,7 +71,8 @@ class LiveBytes(TorchDispatchMode):
     def _see(self, tensor: Tensor) -> None:
         if is_traceable_wrapper_subclass(tensor):
             inner, _ = tensor.__tensor_flatten__()
-            self.watch(*(getattr(tensor, name) for name in inner))
+            parts = [getattr(tensor, name) for name in inner]  # some wrappers list their mesh too
+            self.watch(*(part for part in parts if isinstance(part, Tensor)))
             return
         if not host.has_storage(tensor) or self.device not in (None, tensor.device.type):
             return

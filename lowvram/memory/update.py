@@ -297,7 +297,7 @@ class Updater:
             norms = [self._norms[p] for p in self.params if p in self._norms]
             return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros([], device=self.device)
         if self._sum is not None and not self.sharded:
-            for param in self.params:
+            for param in self._with_gradient_anywhere([p.grad is not None for p in self.params]):
                 param.grad = self._sum(torch.zeros_like(param) if param.grad is None else param.grad)
         grads = [p.grad for p in self.params if p.grad is not None]
         for grad in grads:
@@ -307,14 +307,19 @@ class Updater:
     def _sum_host_gradients(self) -> None:
         assert self._sum is not None
         self._await_copies()
-        for param in self.params:
-            arrived = param in self._norms
+        for param in self._with_gradient_anywhere([p in self._norms for p in self.params]):
             grad = torch.zeros_like(param, device=self.device)
-            if arrived:
+            if param in self._norms:
                 grad.copy_(self._host_grads[param])
             grad = self._sum(grad)
             self._host_grads.setdefault(param, host.empty_like(grad)).copy_(grad)
             self._norms[param] = _norm(grad)
+
+    def _with_gradient_anywhere(self, here: list[bool]) -> list[nn.Parameter]:
+        """Parameters that have a gradient in some process: the others are not stepped, as with a single process."""
+        assert self._sum is not None
+        counts = self._sum(torch.tensor(here, dtype=torch.float32, device=self.device)).tolist()
+        return [param for param, count in zip(self.params, counts, strict=True) if count > 0]
 
     # State.
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lowvram.errors import LowVRAMError
 from lowvram.memory import attention
@@ -119,13 +120,25 @@ def test_xformers_refuses_what_torch_refuses(ops: FakeOps) -> None:
 def test_xformers_in_a_recomputed_block(ops: FakeOps) -> None:
     (q,) = tensors((1, 2, 4, 8))
     with attention.using("xformers"):
-        out = torch.utils.checkpoint.checkpoint(F.scaled_dot_product_attention, q, q, q, use_reentrant=False)
+        out = checkpoint(lambda x: F.scaled_dot_product_attention(x, x, x), q, use_reentrant=False)
         out.sum().backward()
     assert len(ops.calls) == 2
 
 
+def test_choices_nest_and_end_with_an_error(ops: FakeOps) -> None:
+    own = F.scaled_dot_product_attention
+    (q,) = tensors((1, 2, 4, 8))
+    with pytest.raises(KeyError), attention.using("xformers"):
+        with attention.using("xformers"):
+            F.scaled_dot_product_attention(q, q, q)
+        F.scaled_dot_product_attention(q, q, q)
+        raise KeyError
+    assert len(ops.calls) == 2
+    assert F.scaled_dot_product_attention is own
+
+
 @pytest.mark.parametrize("choice", ["xformers", "math"])
-def test_layers_in_evaluation_are_not_passed_by(ops: FakeOps, choice: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_in_evaluation_are_not_passed_by(ops: FakeOps, choice: str) -> None:
     layer = nn.TransformerEncoderLayer(16, 2, 16, batch_first=True).eval().requires_grad_(False)
     x = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0))
     expected = layer(x)
@@ -153,7 +166,7 @@ def test_fused_attention_has_none() -> None:
             grad.sum().backward()
 
 
-def test_what_cannot_be_honoured(ops: FakeOps, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_honoured(ops: FakeOps) -> None:
     for choice in ("sdpa", "math"):
         for second_order in (False, True):
             attention.check(choice, CPU, second_order)

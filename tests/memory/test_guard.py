@@ -78,6 +78,14 @@ def test_a_spill_is_said_once(card: FakeCard, monkeypatch: pytest.MonkeyPatch, p
 
 
 @pytest.mark.parametrize(
+    ("reserved", "outside", "spilled"),
+    [(5 * GIB, GIB, 0), (5 * GIB, GIB + 1, 1), (7 * GIB, 0, GIB + CONTEXT), (6 * GIB - CONTEXT, 0, 0), (0, 0, 0)],
+)
+def test_what_has_spilled(reserved: int, outside: int, spilled: int) -> None:
+    assert guard.spilled_bytes(reserved_bytes=reserved, outside_bytes=outside, total_bytes=6 * GIB) == spilled
+
+
+@pytest.mark.parametrize(
     ("vram", "total", "outside", "allocator"),
     [
         (6 * GIB, 6 * GIB, CONTEXT + 300 * MIB, 6 * GIB - CONTEXT - 300 * MIB),  # the card itself, with a display

@@ -10,6 +10,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lowvram import LowVRAMError
+from lowvram.memory import optimizer_convert as convert
 from lowvram.memory.narrow_optimizer import NarrowOptimizer
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -17,7 +18,9 @@ bnb = pytest.importorskip("bitsandbytes")
 SETTINGS: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.0}
 
 
-def make(params: list[nn.Parameter], kind: str = "adam8bit", *, decoupled: bool = True, **changes: Any) -> NarrowOptimizer:
+def make(
+    params: list[nn.Parameter], kind: str = "adam8bit", *, decoupled: bool = True, **changes: Any
+) -> NarrowOptimizer:
     return NarrowOptimizer(params, kind=kind, decoupled_weight_decay=decoupled, **{**SETTINGS, **changes})
 
 
@@ -27,14 +30,12 @@ def parameters(*shapes: int | tuple[int, ...], dtype: torch.dtype = torch.float3
     return [nn.Parameter(torch.randn(size, generator=draws).to(dtype)) for size in sizes]
 
 
-def step(optimizers: list[torch.optim.Optimizer], steps: int, spread: float = 0.0) -> None:
-    """The same gradients for each; `spread`: decades between the scales of elements of a block."""
+def step(optimizers: list[torch.optim.Optimizer], steps: int) -> None:
+    """Steps with the same gradients for each."""
     for i in range(steps):
         draws = torch.Generator().manual_seed(i + 1)
         for together in zip(*(o.param_groups[0]["params"] for o in optimizers), strict=True):
             grad = torch.randn(together[0].shape, generator=draws)
-            if spread:
-                grad = (grad.view(-1, 256) * torch.logspace(0, -spread, 256)).view_as(grad)
             for param in together:
                 param.grad = grad.to(param.dtype).clone()
         for optimizer in optimizers:
@@ -69,7 +70,7 @@ def test_decay_and_missing_first_moments_follow_torch(kind: str, beta1: float, d
     torch_s = (torch.optim.AdamW if decoupled else torch.optim.Adam)(theirs, **settings)
     step([make(ours, kind, decoupled=decoupled, **settings), torch_s], 20)
     for a, b, c in zip(ours, theirs, start, strict=True):
-        error = float((a - b).norm() / (b - c).norm())
+        error = ((a - b).norm() / (b - c).norm()).item()
         assert error < (0.03 if kind == "adam8bit" and a.numel() >= 4096 else 1e-5), error
 
 
@@ -84,15 +85,17 @@ def bytes_of(state: dict[str, Any]) -> int:
 
 
 def test_elements_of_tiny_gradients_do_not_jump_without_a_first_moment() -> None:
-    """A second moment that rounds to zero would move its element by lr / sqrt(1 - beta2) = 10 lr."""
-    ours, theirs = parameters(4096), parameters(4096)
-    optimizers = [make(ours, betas=(0.0, 0.99)), torch.optim.Adam(theirs, lr=1e-2, betas=(0.0, 0.99))]
-    step(optimizers, 10, spread=7)
-    before = [p.detach().clone() for p in (ours[0], theirs[0])]
-    step(optimizers, 1, spread=7)
-    moved, right = ((p - b).abs().max() for p, b in zip((ours[0], theirs[0]), before, strict=True))
-    assert moved <= 1.2 * right  # lr * 3 or so
-    assert ours[0].isfinite().all()
+    """A second moment that was rounded to zero would move its element by lr / sqrt(1 - beta2) = 10 lr."""
+    (param,) = parameters(4096)
+    optimizer = make([param], betas=(0.0, 0.99))
+    second = torch.full([4096], 1e-9)  # gradients of 3e-5 beside one of 1 in each block
+    second[::256] = 1.0
+    state = optimizer.state[param] = optimizer.make_state(param)
+    convert.write(convert.Moments(step=1000, first=None, second=second), state, beta2_then=0.99, beta2_now=0.99)
+    before = param.detach().clone()
+    param.grad = second.sqrt()
+    optimizer.step()
+    assert (before - param).max() <= 1.01 * SETTINGS["lr"]
 
 
 def test_overrides_that_others_left_do_not_reach_it() -> None:

@@ -8,9 +8,10 @@ import weakref
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils.checkpoint import checkpoint
 
+from lowvram.memory import host
 from lowvram.memory.offload import ActivationOffload
 from lowvram.memory.tracer import LiveBytes
 from lowvram.models.stylegan2 import Discriminator, Generator
@@ -53,6 +54,12 @@ class LateLanes:
             self.wait(ticket)
         self.late += (late := any(copy is waiting for waiting in lane))
         return not late
+
+    def finish(self) -> None:
+        """Do what nobody waited for."""
+        for lane in self.lanes.values():
+            while lane:
+                self._run(lane)
 
     def _run(self, lane) -> None:
         on_device, on_host, (dtype, n, offset), after = lane.pop(0)
@@ -104,8 +111,10 @@ def r1_step() -> tuple[list[nn.Parameter], Tensor]:
 def path_length_step() -> tuple[list[nn.Parameter], Tensor]:
     torch.manual_seed(0)
     g = Generator(16, z_dim=16, w_dim=16, mapping_layers=2, channel_base=256, channel_max=16)
+    with unset_fake_temporarily():
+        seeds = torch.arange(4)  # their values are read
     ws = g.mapping(torch.randn(4, 16))
-    images = g.synthesis(ws, noise_mode="random", noise_seeds=torch.arange(4))
+    images = g.synthesis(ws, noise_mode="random", noise_seeds=seeds)
     return list(g.parameters()), path_length_penalty(path_lengths(images, ws, torch.randn_like(images)), 0.1).mean()
 
 
@@ -238,14 +247,15 @@ def test_a_chain_needs_less_by_a_stated_number_of_bytes(fake):
         assert offload.host_bytes == 0
 
 
-@pytest.mark.parametrize(("step", "least_saved"), [(r1_step, 0.35), (path_length_step, 0.35), (gan_step, 0.35)])
-def test_stylegan2_needs_less(step, least_saved):
+@pytest.mark.parametrize(
+    ("step", "least_saved"), [(gan_step, 160 * KIB), (r1_step, 380 * KIB), (path_length_step, 410 * KIB)]
+)
+def test_stylegan2_needs_less_real_and_fake_alike(step, least_saved):
     plain, fewer = live_peak(step), live_peak(step, make_offload(min_bytes=2 * KIB))
     with FakeTensorMode():
-        fake = live_peak(lambda: step(), make_offload(min_bytes=2 * KIB)) if step is not path_length_step else fewer
-    print(plain, fewer)
-    assert fewer <= plain * (1 - least_saved)
-    assert fake == fewer
+        assert live_peak(step) == plain
+        assert live_peak(step, make_offload(min_bytes=2 * KIB)) == fewer
+    assert plain - fewer >= least_saved
 
 
 def test_a_tensor_is_copied_once_for_all_its_views():
@@ -301,9 +311,8 @@ def test_what_came_back_is_not_sent_again():
     offload = make_offload()
     x = torch.randn(1000, requires_grad=True)
     with offload:
-        (g,) = torch.autograd.grad((x * 2).sin().sum(), x, create_graph=True)  # saves 2x, then cos(2x) and 2x again
-        sent = offload.host_bytes
-    assert sent == 2 * 4000
+        (g,) = torch.autograd.grad((x * 2).sin().sum(), x, create_graph=True)  # saves 2x, and 2x again for its cosine
+    assert offload.host_bytes == offload.peak_host_bytes == 4000 + 4  # and a number
     (h,) = torch.autograd.grad(g.sum(), x)
     assert torch.equal(h, -(x * 2).sin().detach() * 4)
 
@@ -316,7 +325,7 @@ def test_a_changed_tensor_is_sent_anew():
         y = x * buffer
         buffer.mul_(3)
         z = x * buffer
-    assert offload.host_bytes == 3 * 400
+    assert offload.host_bytes == 2 * 400
     (g,) = torch.autograd.grad((y + z).sum(), x)  # plain autograd refuses; the host knows both
     assert torch.equal(g, torch.full((100,), 4.0))
 
@@ -332,6 +341,36 @@ def test_a_tensor_changed_while_it_leaves_is_an_error():
             y.exp()  # something else to send
         with pytest.raises(RuntimeError, match="changed in place"):
             y.sum().backward()
+
+
+def test_memory_taken_away_while_it_leaves_is_an_error():
+    """As FSDP does with the weights of a block after its forward, unless it is told not to."""
+    x, weight = torch.randn(100, requires_grad=True), torch.ones(100)
+    offload = make_offload("late")
+    with offload:
+        y = x * weight
+        weight.untyped_storage().resize_(0)
+        weight.untyped_storage().resize_(400)
+        weight.fill_(1)
+    with pytest.raises(RuntimeError, match="memory freed"):
+        y.sum().backward()
+
+
+def test_a_failed_allocation_leaves_nothing_behind(monkeypatch):
+    params, _ = conv_step()
+    offload, allocate, calls = make_offload(), host.empty_like, []
+
+    def fail_late(tensor: Tensor) -> Tensor:
+        calls.append(0)
+        if len(calls) == 7:
+            raise RuntimeError("out of memory")
+        return allocate(tensor)
+
+    monkeypatch.setattr(host, "empty_like", fail_late)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        grads_of(conv_step, offload)
+    assert offload.host_bytes == 0 and params
+    assert_same(grads_of(conv_step, offload), grads_of(conv_step))
 
 
 def test_parameters_small_tensors_and_other_devices_stay():
@@ -397,11 +436,65 @@ def test_complex_and_integer_tensors_come_back():
         assert_same(run(), want)
 
 
-def test_nothing_is_left_when_a_graph_is_dropped_without_a_backward():
+@LANES
+def test_the_tensor_saved_before_is_fetched_ahead_and_let_go_when_passed_over(lanes):
+    """Of four saved tensors the last is asked for, and the first."""
+    offload = make_offload(lanes, in_flight_bytes=0)
+    xs = [torch.randn(128, requires_grad=True) for _ in range(4)]
+    with offload:
+        ys = [(x * 2).sin().sum() for x in xs]
+    with LiveBytes() as memory:
+        torch.autograd.grad(ys[3], xs[3])
+        assert memory.live_bytes == 512  # that of ys[2]
+        torch.autograd.grad(ys[1], xs[1])
+        assert memory.live_bytes == 512  # that of ys[0]
+        torch.autograd.grad(ys[2], xs[2])
+        torch.autograd.grad(ys[0], xs[0])
+        assert memory.live_bytes == 0 == offload.host_bytes
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_nothing_is_left_when_graphs_are_dropped(asked):
+    """Neither of copies on their way out, nor of one that was fetched ahead; and each copy ends before its memory."""
     offload = make_offload("late")
     with LiveBytes() as memory:
+        x = torch.randn(128, requires_grad=True)
         with offload:
-            params, loss = conv_step()
-        del loss, params
-        assert offload.host_bytes == 0
-        assert memory.live_bytes == 0
+            ys = [(x * 2).sin().sum() for _ in range(3)]
+        offload._give_back()
+        if asked:
+            for ref in offload._leaving[:-1]:
+                ref().release()
+            torch.autograd.grad(ys[2], x)
+        del ys, x
+        assert offload.host_bytes == memory.live_bytes == 0
+    offload._lanes.finish()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("in_flight", [0, 64 << 20])
+def test_on_a_card_the_gradients_are_the_same_and_the_peak_falls(in_flight):
+    """R1 over 24 activations of 16 MiB, many times that of the weights; the memory of the second run is the first's."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    torch.manual_seed(0)
+    net = nn.Sequential(*[layer for _ in range(12) for layer in (nn.Conv2d(16, 16, 1), nn.Softplus())]).to(device)
+    images = torch.randn(16, 16, 128, 128, device=device)  # 16 MiB
+    offload = ActivationOffload(device, skip=net.parameters(), in_flight_bytes=in_flight)
+
+    def run(around) -> tuple[list[Tensor], int]:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        x = images.clone().requires_grad_()
+        with around:
+            loss = r1_penalty(net(x).mean((2, 3)).sum(1, keepdim=True), x).mean()
+        grads = list(torch.autograd.grad(loss, list(net.parameters())))
+        return grads, torch.cuda.max_memory_allocated() - before
+
+    with torch.backends.cudnn.flags(deterministic=True, benchmark=False):
+        want, plain = run(contextlib.nullcontext())
+        for _ in range(2):
+            got, fewer = run(offload)
+            assert_same(got, want)
+            assert offload.host_bytes == 0
+            assert plain - fewer >= 24 * (16 << 20) - in_flight

@@ -3,6 +3,7 @@
 import gc
 import weakref
 from collections.abc import Iterator
+from types import TracebackType
 
 import pytest
 import torch
@@ -55,25 +56,37 @@ def test_this_torchs_own_message() -> None:
 
 def test_retry_lets_go_before_it_recovers() -> None:
     alive: list[weakref.ref[Tensor]] = []
+    errors: list[Exception] = []  # these two as a debugger or a log may hold them
+    frames: list[TracebackType | None] = []
+
+    def deeper() -> None:
+        saved = torch.ones(8)
+        alive.append(weakref.ref(saved))
+        raise KeyError("an error before it, with a frame of its own")
 
     def deep(activation: Tensor) -> None:
         graph = (activation * 2).requires_grad_() * 3
         alive.extend([weakref.ref(activation), weakref.ref(graph)])
         try:
-            raise KeyError("an error before it, with a frame of its own")
+            deeper()
         except KeyError:
-            raise torch.OutOfMemoryError(CUDA_MESSAGE)  # noqa: B904 - the context is what is tested
+            errors.append(torch.OutOfMemoryError(CUDA_MESSAGE))
+            raise errors[0]  # noqa: B904 - the context is what is tested
 
     def run() -> str:
         if not alive:
             activation = torch.ones(8)
-            deep(activation)
+            try:
+                deep(activation)
+            except RuntimeError as error:
+                frames.append(error.__traceback__)
+                raise
         return "done"
 
     failures = []
 
     def recover(failure: OutOfMemory) -> bool:
-        assert [ref() for ref in alive] == [None, None]
+        assert [ref() for ref in alive] == [None, None, None]
         failures.append(failure)
         return True
 

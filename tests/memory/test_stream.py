@@ -1,9 +1,11 @@
 """Streamed blocks: the plain run's numbers, with two blocks of weights on the device."""
 
 import copy
+import random
 
 import pytest
 import torch
+from streamed_nets import adam, net, same, streamed, train
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -11,99 +13,9 @@ from lowvram.errors import LowVRAMError
 from lowvram.memory import host
 from lowvram.memory.blocks import find_blocks
 from lowvram.memory.checkpointing import recomputing
-from lowvram.memory.stream import BlockStream, _Order
 from lowvram.memory.tracer import LiveBytes
 from lowvram.models.stylegan2 import Discriminator, Generator
 from lowvram.objectives.adversarial import path_lengths, r1_penalty
-
-CPU = torch.device("cpu")
-
-
-class Block(nn.Module):
-    """Attention-like: odd sizes, dropout, a frozen part, two outputs."""
-
-    def __init__(self, width: int = 12) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.out = nn.Linear(width, width)
-        self.gain = nn.Parameter(torch.ones(1))
-        self.drop = nn.Dropout(0.25)
-        self.register_buffer("shift", torch.full((width,), 0.1))
-
-    def forward(self, x, *, scale=None):
-        q, k, v = self.qkv(self.norm(x) + self.shift).chunk(3, dim=-1)
-        y = self.out(self.drop(nn.functional.scaled_dot_product_attention(q, k, v))) * self.gain
-        return x + (y if scale is None else y * scale)
-
-
-class Net(nn.Module):
-    """Skip connections as in a UNet, layers outside of blocks, and (order given) blocks that run several times."""
-
-    def __init__(self, depth: int = 4, order: tuple[int, ...] | None = None, width: int = 12) -> None:
-        super().__init__()
-        self.first = nn.Linear(5, width)
-        self.stack = nn.ModuleList(Block(width) for _ in range(depth))
-        self.last = nn.Linear(width, 2)
-        self.order = tuple(range(depth)) if order is None else order
-
-    def forward(self, x, scale=None):
-        x = self.first(x)
-        kept = []
-        for position, index in enumerate(self.order):
-            if 2 * position >= len(self.order) and kept:
-                x = x + kept.pop()
-            x = self.stack[index](x, scale=scale)
-            if 2 * position < len(self.order):
-                kept.append(x)
-        return self.last(x)
-
-
-def net(depth=4, order=None, width=12):
-    torch.manual_seed(0)
-    return Net(depth, order, width)
-
-
-def streamed(network):
-    return BlockStream(network, find_blocks(network), CPU)
-
-
-def adam(network):
-    return torch.optim.Adam([p for p in network.parameters() if p.requires_grad], lr=1e-2, foreach=False)
-
-
-def train(network, stream=None, *, steps=3, micro_batches=1, size=16):
-    """A few seeded steps, the weights changed between them by whoever streams nothing; losses and last gradients."""
-    torch.manual_seed(5)
-    optimizer, losses = adam(network), []
-    for _ in range(steps):
-        for _ in range(micro_batches):
-            x = torch.randn(size, 3, 5)
-            if stream is None:
-                loss = network(x, scale=torch.tensor(2.0)).square().mean()
-                loss.backward()
-            else:
-                with stream.running():
-                    loss = network(x, scale=torch.tensor(2.0)).square().mean()
-                    loss.backward()
-            losses.append(loss.detach())
-        grads = [None if p.grad is None else p.grad.clone() for p in network.parameters()]
-        if stream is not None:
-            stream.flush()
-        optimizer.step()
-        optimizer.zero_grad()
-    return losses, grads
-
-
-def same(first, second):
-    """Whether two results are alike to the last bit."""
-    if isinstance(first, torch.Tensor):
-        return torch.equal(first, second)
-    if isinstance(first, dict):
-        return first.keys() == second.keys() and all(same(first[k], second[k]) for k in first)
-    if isinstance(first, list | tuple):
-        return len(first) == len(second) and all(same(a, b) for a, b in zip(first, second, strict=True))
-    return first == second
 
 
 @pytest.mark.parametrize(
@@ -244,6 +156,40 @@ def test_path_lengths_while_resident():
     expected = run(plain)
     with stream.resident():
         assert same(expected, run(other))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_graphs_with_branches(seed):
+    """Blocks that read any earlier results: none's backward reads another's weights, whatever the order of branches."""
+
+    def run(network, stream):
+        choices = random.Random(seed)
+        torch.manual_seed(seed)
+        start = torch.randn(2, 3, 12, requires_grad=True)
+        results = [start]
+
+        def forward():
+            for block in network.stack:
+                inputs = choices.sample(results, min(len(results), choices.randint(1, 3)))
+                results.append(block(sum(inputs)))
+            return sum(r.square().mean() for r in choices.sample(results[1:], 4))
+
+        if stream is None:
+            forward().backward()
+        else:
+            with stream.running():
+                forward().backward()
+        return [start.grad, *(p.grad for p in network.stack.parameters())]
+
+    plain, other = net(7), net(7)
+    stream = streamed(other)
+    names = {p: name for name, params in stream.params.items() for p in params}
+    for param in names:  # raises unless the block is on the device when its gradient arrives
+        param.register_post_accumulate_grad_hook(lambda p: stream.mark_changed(names[p]))
+    for _ in range(2):
+        plain.zero_grad()
+        other.zero_grad()
+        assert same(run(plain, None), run(other, stream))
 
 
 # Where the weights are.
@@ -473,6 +419,31 @@ def test_mark_changed_of_an_absent_block_is_an_error():
         stream.mark_changed("stack.0")
 
 
+def test_what_an_update_changed_before_it_failed_stays_changed():
+    """It goes on where it was: nothing twice, nothing lost."""
+    network = net()
+    stream = streamed(network)
+    left = ["qkv", "out"]
+
+    def on_load(name):
+        if name == "stack.1" and left:
+            getattr(network.stack[1], left[0]).weight.data.fill_(len(left))
+            left.pop(0)
+            if left:
+                raise Mishap
+        return False
+
+    stream.on_load = on_load
+    for _ in range(2):
+        try:
+            with stream.running(), torch.no_grad():
+                network(torch.zeros(1, 3, 5))
+        except Mishap:
+            assert left == ["out"]
+    stream.flush()
+    assert not left and network.stack[1].qkv.weight.unique().tolist() == [2]
+
+
 # Misuse and mishaps.
 
 
@@ -592,38 +563,6 @@ def test_inference_mode():
             assert torch.equal(network(x), expected)
         network(x).sum().backward()
     assert network.stack[0].gain.grad is not None
-
-
-# Looking ahead.
-
-
-def test_the_order_is_learned():
-    order = _Order()
-    passes = [("forward", "abcabd"), ("backward", "dbacba")] * 2
-    guesses = [[order.after(name, pass_) for name in names] for pass_, names in passes]
-    assert guesses[2] == ["b", "c", "a", "b", "d", None]
-    assert guesses[3] == ["b", "a", "c", "b", "a", None]
-    again = [order.after(name, "no_grad") for name in "abc" * 4]  # a pass may follow itself
-    assert again[-6:] == list("bcabca")
-
-
-@pytest.mark.parametrize("order", [None, (0, 1, 2, 0, 3)])
-def test_every_block_but_the_first_is_brought_ahead(order):
-    network = net(4, order)
-    stream = streamed(network)
-    late, loads = [], []
-    bring, load = stream._bring, stream._load
-    stream._bring = lambda block: (late.append(stream._holding(block) is None), bring(block))[1]
-    stream._load = lambda block: (loads.append(block.name), load(block))[1]
-    for _ in range(2):
-        late.clear()
-        loads.clear()
-        with stream.running():
-            network(torch.randn(2, 3, 5)).sum().backward()
-    uses = len(network.order)
-    assert len(late) == 2 * uses  # forward, and again in the backward
-    assert not any(late)
-    assert len(loads) == 2 * (uses - 2)  # at each turn two blocks are there already
 
 
 # Traced.

@@ -2,7 +2,9 @@
 
 import gc
 
+import pytest
 import torch
+import torch.distributed.tensor
 from tiny import TINY
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
@@ -175,3 +177,35 @@ def test_a_fake_stylegan2_step_is_counted_as_the_real_one(tmp_path, monkeypatch)
     assert set(real) == set(PHASES)
     assert fake_live == live
     assert fake == real
+
+
+def test_wrapped_tensors_are_counted_by_what_they_hold(tmp_path):
+    dist = torch.distributed
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+        x = dist.tensor.distribute_tensor(torch.ones(256), mesh, [dist.tensor.Shard(0)])
+        with LiveBytes() as memory:
+            y = x * 2
+            assert memory.live_bytes == KIB
+            memory.watch(x)
+            assert memory.live_bytes == 2 * KIB
+            del y
+            assert memory.live_bytes == KIB
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_on_a_card_it_counts_what_the_allocator_counts():
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    with LiveBytes("cuda") as memory:
+        x = torch.randn(1000, 77, device="cuda", requires_grad=True)
+        loss = (x.sigmoid() * x.exp()).tanh().sum()
+        assert memory.live_bytes == torch.cuda.memory_allocated() - before
+        loss.backward()
+    assert memory.peak_bytes == torch.cuda.max_memory_allocated() - before
+    buffer = host.empty_like(x)
+    assert buffer.is_pinned() and not host.empty_like(torch.empty(3)).is_pinned()
