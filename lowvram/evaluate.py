@@ -103,8 +103,10 @@ def evaluate(
     task: from `lowvram.tasks.load_run`, or a trainer's. Class-conditional ones draw classes as often as the data does.
     metrics: some of lowvram.metrics.evaluation.METRICS, or None for all. See `evaluate_images` for the rest.
     """
+    from lowvram.memory.recovery import halving
     from lowvram.metrics.evaluation import METRICS, batch_size, check_counts, check_metrics, evaluate_images
     from lowvram.metrics.real import real_indices
+    from lowvram.sampling.bars import say
 
     wanted = check_metrics(METRICS if metrics is None else metrics)
     dataset, data = task.dataset(), task.settings.data
@@ -134,6 +136,7 @@ def evaluate(
         device=task.device,
         workers=data.workers,
         progress=progress,
+        in_slices=lambda run, whole, what: halving(run, whole, task.device, say, what),
     )
 
 

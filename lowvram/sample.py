@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lowvram.config import command
 from lowvram.errors import LowVRAMError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+Result = TypeVar("Result")
 
 _GRID_PIXELS = 8192  # a side of grid.png at most
 _WALK_PIXELS = 512  # about the side of an animation, unless n is given
@@ -125,8 +129,11 @@ def animate(options: SampleOptions, task: Any, run: Path, classes: list[int] | N
     per_keyframe = max(1, round(options.seconds * options.fps / keyframes))
     total = keyframes * per_keyframe
     check_animation(options.format, total, rows * resolution, cols * resolution)
-    frames = task.interpolate(
+    frames = all_frames(
+        task,
         options.seed,
+        walks=rows * cols,
+        micro_batch=options.micro_batch,
         keyframes=keyframes,
         frames_per_keyframe=per_keyframe,
         truncation_psi=options.truncation,
@@ -134,7 +141,6 @@ def animate(options: SampleOptions, task: Any, run: Path, classes: list[int] | N
         classes=classes,
         rows=rows,
         cols=cols,
-        **({"micro_batch": options.micro_batch} if options.micro_batch else {}),
     )
     name = f"interpolation_seed{options.seed:04d}.{options.format}"
     out = _make_out(options.out, run, [name])
@@ -143,10 +149,60 @@ def animate(options: SampleOptions, task: Any, run: Path, classes: list[int] | N
     return f"{total} frames of {rows}x{cols} walks, {options.seconds:g} s, to {out / name}"
 
 
-def sample_batches(task: Any, n: int, seed: int, *, batch: int, **options: Any) -> Iterator[Tensor]:
-    """Images 0 ... n - 1 of a task, in uint8 batches [batch, C, R, R]."""
+def sample_batches(
+    task: Any, n: int, seed: int, *, batch: int, micro_batch: int | None = None, **options: Any
+) -> Iterator[Tensor]:
+    """Images 0 ... n - 1 of a task, in uint8 batches [batch, C, R, R]; fewer at a time once memory runs out."""
+    from lowvram.memory.recovery import halving
+    from lowvram.sampling.bars import say
+
+    size = micro_batch  # None: as the task thinks best
+
+    def some(smaller: int | None, start: int, count: int) -> Tensor:
+        nonlocal size
+        size = smaller or size
+        images: Tensor = task.sample(count, seed, start=start, micro_batch=size, **options)
+        return images
+
     for start in range(0, n, batch):
-        yield task.sample(min(batch, n - start), seed, start=start, **options)
+        count = min(batch, n - start)
+        yield halving(partial(some, start=start, count=count), min(size or count, count), task.device, say, "sampling")
+
+
+def all_frames(task: Any, seed: int, *, walks: int, micro_batch: int | None, **options: Any) -> Iterator[Tensor]:
+    """The frames of `task.interpolate`, which is called at once; fewer images at a time once memory runs out.
+
+    Frames can't be begun in the middle: those that were shown are made again, unseen. Most often it is the first one
+    that fails.
+    """
+    from lowvram.memory.recovery import halving
+    from lowvram.sampling.bars import say
+
+    size, shown = micro_batch, 0  # size None: as the task thinks best
+    frames: Iterator[Tensor] = iter(())
+
+    def begin(smaller: int | None) -> None:
+        nonlocal size, frames
+        size = smaller or size
+        frames = task.interpolate(seed, **options, **({"micro_batch": size} if size else {}))
+        frames = islice(frames, shown, None)
+
+    def next_frame(smaller: int | None) -> Tensor | None:
+        if smaller is not None:
+            begin(smaller)
+        return next(frames, None)
+
+    def rest() -> Iterator[Tensor]:
+        nonlocal shown
+        while (frame := sliced(next_frame)) is not None:
+            yield frame
+            shown += 1
+
+    def sliced(run: Callable[[int | None], Result]) -> Result:
+        return halving(run, min(size or walks, walks), task.device, say, "the animation")
+
+    sliced(begin)
+    return rest()
 
 
 def pick_classes(text: str | None, task: Any) -> list[int] | None:

@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +141,7 @@ class Trainer:
         self._note_skipped(batch)
         costs_before = {name: (cost.seconds, cost.count) for name, cost in self.meter.costs.items()}
         start = self.images_seen
-        images = batch.images.to(self.device, non_blocking=True)  # uint8 [n, C, H, W]
+        images = self.rescue.again("a step", lambda: batch.images.to(self.device, non_blocking=True))
         losses = {}
         for phase in self.task.phases:
             if self.step % phase.every:
@@ -152,9 +153,9 @@ class Trainer:
         self.images_seen += self.recipe.batch
         self.task.end_step(self.step)
         if self.task.averages:
-            self.applied.settle()
+            self.rescue.again("the average", self.applied.settle)
         for average in self.task.averages:
-            average.update(self.images_seen, self.recipe.batch)
+            self.rescue.again("the average", partial(average.update, self.images_seen, self.recipe.batch))
         self.progress.advance(self.images_seen)
         return StepResult(
             step=self.step, images_seen=self.images_seen, losses=losses, costs=self._costs_since(costs_before, losses)
@@ -179,17 +180,20 @@ class Trainer:
         if not outcome.applied:
             self.progress.say(f"phase {phase.name}: fp16 gradients overflowed; the step is skipped, the scale halved")
         elif phase.finish is not None:
-            phase.finish(means)
+            self.rescue.again(f"the end of phase {phase.name}", partial(phase.finish, means))
         return outcome.loss
 
     # Sampling and saving.
 
     def sample(self, n: int, seed: int = 0, **options: Any) -> Tensor:
         """n images of the averaged network, uint8 [n, C, H, W] on the CPU; image i depends on the seed and i alone."""
-        with self.applied.averages_on_device():
-            return self.rescue.in_slices(
-                lambda size: self.task.sample(n, seed, **{"micro_batch": size, **options}), self.recipe.batch
-            )
+        asked = options.pop("micro_batch", None)
+
+        def some(size: int | None) -> Tensor:
+            with self.applied.averages_on_device():  # which may be what runs out of memory
+                return self.task.sample(n, seed, micro_batch=size or asked, **options)
+
+        return self.rescue.in_slices(some, min(n, asked or self.recipe.batch))
 
     def save(self, *, final: bool = False) -> Path | None:
         """Write a sample grid and a checkpoint. A full disk loses neither the run nor older checkpoints.
@@ -198,12 +202,13 @@ class Trainer:
             LowVRAMError: the disk is full and `final` leaves no later chance.
         """
         states = gather_object([rng.states(self.device)])
-        content = self._checkpoint(states)
+        content = self.rescue.again("saving", lambda: self._checkpoint(states))
         path = None
         if self.rank == 0:
             try:
                 self.save_samples()
-                path = checkpoints.write(self.run.checkpoints, self.step, content, keep=self.recipe.keep)
+                write = partial(checkpoints.write, self.run.checkpoints, self.step, content, keep=self.recipe.keep)
+                path = self.rescue.again("saving", write)
             except OSError as error:
                 problem = f"the checkpoint of step {self.step} could not be written to {self.run.folder}: {error}"
                 if final:

@@ -29,7 +29,10 @@ STYLEGAN2 = {
     "recompute": (("memory.activations.G=recompute", "memory.activations.D=recompute"), 0.0),
     "recompute every second": (("memory.activations.D=recompute", "memory.recompute_every=2"), 0.0),
     "offload everywhere": (tuple(f"memory.activations.{p}=offload" for p in ("G", "path_length", "D", "R1")), 0.0),
-    "micro-batches": (("micro_batch.G=4", "micro_batch.path_length=2", "micro_batch.D=4", "micro_batch.R1=4"), REORDERED),
+    "micro-batches": (
+        ("micro_batch.G=4", "micro_batch.path_length=2", "micro_batch.D=4", "micro_batch.R1=4"),
+        REORDERED,
+    ),
     "deferred": (("memory.update.G=deferred", "memory.update.D=deferred"), 0.0),
     "fused G": (("memory.update.G=fused",), 0.0),
     "deferred, micro-batches": (("memory.update.D=deferred", "micro_batch.D=4", "micro_batch.R1=4"), REORDERED),
@@ -149,7 +152,13 @@ def test_clipping_means_the_global_norm_under_every_update(update: str) -> None:
     clip_norm=st.sampled_from([None, 0.1]),
 )
 def test_combinations_train_the_same_unet_or_say_why_not(
-    activations: str, every: int, micro_batch: int | None, update: str, state: str, stream: bool, clip_norm: float | None
+    activations: str,
+    every: int,
+    micro_batch: int | None,
+    update: str,
+    state: str,
+    stream: bool,
+    clip_norm: float | None,
 ) -> None:
     phase = {"activations": activations, "recompute_every": every, "micro_batch": micro_batch}
     impossible = (stream and update == "after") or (

@@ -75,6 +75,7 @@ class _BiasAct(torch.autograd.Function):
             y.clamp_(-clamp, clamp)
         if inplace:
             ctx.mark_dirty(x)
+        ctx.set_materialize_grads(False)  # an optimizer leaves alone what has no gradient, but not what has zeros
         ctx.settings = settings
         needs_y = act == "lrelu" or clamp is not None or scale is not None
         # Bias, scale and noise are small beside y.
@@ -82,9 +83,11 @@ class _BiasAct(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         y, b, scale, noise = ctx.saved_tensors
         (dy,) = grads
+        if dy is None:
+            return (None,) * 5
         act, gain, clamp, _ = ctx.settings
         needs_x, needs_b, needs_scale, needs_noise, _ = ctx.needs_input_grad
         unclamped = dy
@@ -127,14 +130,16 @@ class _BiasActGrad(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, dy: Tensor, y: Tensor | None, act: Activation, gain: float, clamp: float | None) -> Tensor:
+        ctx.set_materialize_grads(False)
         ctx.settings = (act, gain, clamp)
         ctx.save_for_backward(y)
         return grad_from_output(dy, y, act, gain, clamp)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None, None, None]:
         (y,) = ctx.saved_tensors
-        return _BiasActGrad.apply(grads[0], y, *ctx.settings), None, None, None, None
+        (dy,) = grads
+        return None if dy is None else _BiasActGrad.apply(dy, y, *ctx.settings), None, None, None, None
 
 
 def grad_from_output(dy: Tensor, y: Tensor | None, act: Activation, gain: float, clamp: float | None) -> Tensor:

@@ -29,6 +29,7 @@ def linear_map(x: Tensor, forward: Map, adjoint: Map, *constants: Tensor) -> Ten
 class _LinearMap(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, forward: Map, adjoint: Map, *constants: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)  # no gradient is not a gradient of zeros, here and below
         ctx.maps = forward, adjoint
         ctx.save_for_backward(*constants)
         with _no_autocast(x.device.type):
@@ -37,7 +38,9 @@ class _LinearMap(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         forward, adjoint = ctx.maps
-        grad_x = linear_map(grads[0], adjoint, forward, *ctx.saved_tensors) if ctx.needs_input_grad[0] else None
+        (dy,) = grads
+        wanted = dy is not None and ctx.needs_input_grad[0]
+        grad_x = linear_map(dy, adjoint, forward, *ctx.saved_tensors) if wanted else None
         return grad_x, None, None, *[None] * len(ctx.saved_tensors)
 
 

@@ -39,21 +39,25 @@ class _UpFirDn(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, f: Tensor, up: int, down: int, padding: Padding, gain: float) -> Tensor:
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(f)
         ctx.settings = (x.shape, up, down, padding, gain)
         return _run(x, f, up, down, padding, gain)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None, None, None, None]:
         (f,) = ctx.saved_tensors
+        (dy,) = grads
+        if dy is None:
+            return None, None, None, None, None, None
         (_, _, height, width), up, down, (left, right, top, bottom), gain = ctx.settings
         fh, fw = f.shape
-        out_h, out_w = grads[0].shape[2:]
+        out_h, out_w = dy.shape[2:]
         # The adjoint starts where the output's first pixel reached, and must come out at the input's size.
         left, top = fw - 1 - left, fh - 1 - top
         right = (width - 1) * up + fw - out_w * down - left
         bottom = (height - 1) * up + fh - out_h * down - top
-        dx = _UpFirDn.apply(grads[0], f.flip([0, 1]), down, up, (left, right, top, bottom), gain)
+        dx = _UpFirDn.apply(dy, f.flip([0, 1]), down, up, (left, right, top, bottom), gain)
         return dx, None, None, None, None, None
 
 

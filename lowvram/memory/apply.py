@@ -84,7 +84,9 @@ class Applied:
         for name in dict.fromkeys(self.optimizer_names.values()):
             self.updaters[name] = self._make_updater(name)
         self._place_averages()
-        self._offload = ActivationOffload(device)
+        # Weights stay where they are; autograd does not tell which of the saved tensors are some.
+        weights = [p for network in self._networks.values() for p in network.parameters()]
+        self._offload = ActivationOffload(device, skip=weights)
         self._set_micro_batches()
 
     # A phase.

@@ -12,7 +12,7 @@ length.
 import atexit
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -21,9 +21,39 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.fsdp._fully_shard import _fsdp_param_group as fsdp_groups
+from torch.distributed.tensor import DTensor
 
 from lowvram.errors import LowVRAMError
+from lowvram.memory.fsdp_tensors import (
+    clip_,
+    full_optimizer_state,
+    full_state,
+    full_tensor,
+    full_tensors,
+    load_full,
+    load_full_optimizer_state,
+    local,
+    sharded_like,
+    total_norm,
+)
+
+__all__ = [
+    "clip_",
+    "full_optimizer_state",
+    "full_state",
+    "full_tensor",
+    "full_tensors",
+    "is_sharded",
+    "load_full",
+    "load_full_optimizer_state",
+    "local",
+    "reset",
+    "running",
+    "shard",
+    "sharded_like",
+    "total_norm",
+]
 
 
 def shard(network: nn.Module, blocks: Mapping[str, nn.Module], device: torch.device, *, offload: bool) -> None:
@@ -81,8 +111,6 @@ def running(networks: Iterable[nn.Module], *, second_order: bool = False) -> Ite
     second_order: for losses that use create_graph. The networks then stay unsharded on the device from their first use
         to the end, because the second derivative reads the weights when FSDP2 has already let go of them.
 
-    A parameter that plain autograd leaves without a gradient may get one of zeros, from a second derivative.
-
     Every process must run each network equally often. After an exception the gradients of these networks are dropped
     and they are ready for another try; unless all processes raised, the others wait in vain.
     """
@@ -94,6 +122,10 @@ def running(networks: Iterable[nn.Module], *, second_order: bool = False) -> Ite
         for parameter in network.parameters():
             if not isinstance(parameter, DTensor):
                 before[parameter], parameter.grad = parameter.grad, None
+    # FSDP2's own node turns gradients that are missing into zeros, and the optimizer would then step parameters that
+    # it leaves alone in the plain run (to-RGB biases under path length).
+    torch_node = fsdp_groups.RegisterPostBackwardFunction
+    fsdp_groups.RegisterPostBackwardFunction = _BlockInput  # type: ignore[misc, assignment]
     try:
         yield
         for network in sharded:
@@ -104,8 +136,24 @@ def running(networks: Iterable[nn.Module], *, second_order: bool = False) -> Ite
             reset(network)
         raise
     finally:
+        fsdp_groups.RegisterPostBackwardFunction = torch_node  # type: ignore[misc]
         for network in sharded:
             _set_reshard(network, True)
+
+
+class _BlockInput(torch.autograd.Function):
+    """The inputs of a sharded block, unchanged; its backward tells FSDP2 that the block's gradients are complete."""
+
+    @staticmethod
+    def forward(ctx: Any, group: Any, *inputs: Tensor) -> tuple[Tensor, ...]:
+        ctx.group = group
+        ctx.set_materialize_grads(False)
+        return inputs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        ctx.group.post_backward()
+        return (None, *grads)
 
 
 def reset(network: nn.Module) -> None:
@@ -119,118 +167,6 @@ def reset(network: nn.Module) -> None:
         _reset_by_hand(root)
     for parameter in network.parameters():
         parameter.grad = None
-
-
-# Tensors: whole ones, and this process's part of them.
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This process's part of a sharded tensor, which shares its memory; any other tensor is returned as it is."""
-    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
-
-
-def full_tensor(tensor: Tensor, device: torch.device | str = "cpu") -> Tensor:
-    """A whole, plain copy of a tensor. Collective: every process must ask for the same tensors in the same order."""
-    tensor = tensor.detach()
-    if isinstance(tensor, DTensor) and tensor.device_mesh.size() > 1:
-        # NCCL knows no host memory, in which an offloaded part lies.
-        part = tensor._local_tensor.to(tensor.device_mesh.device_type)
-        sizes: Any = {"shape": tensor.shape, "stride": tensor.stride()}
-        tensor = DTensor.from_local(part, tensor.device_mesh, tensor.placements, **sizes).full_tensor()
-    return local(tensor).to(device, copy=True)
-
-
-def full_tensors(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """`full_tensor` of each value that is one, on the CPU; for what `state_dict` or an optimizer's packing gave."""
-    return {key: full_tensor(value) if isinstance(value, Tensor) else value for key, value in tensors.items()}
-
-
-def full_state(network: nn.Module) -> dict[str, Tensor]:
-    """The network's state_dict as if it were not sharded: the same keys, whole plain tensors on the CPU. Collective."""
-    return full_tensors(network.state_dict())
-
-
-def load_full(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Load what `full_state` or an unsharded network's state_dict gave, in place. Every process holds all of it.
-
-    Raises:
-        LowVRAMError: keys or shapes don't fit; nothing is loaded then.
-    """
-    own = network.state_dict()
-    wrong = sorted(own.keys() ^ tensors.keys()) or [key for key in own if own[key].shape != tensors[key].shape]
-    if wrong:
-        raise LowVRAMError(
-            f"weights don't fit the network: {wrong[0]!r} is missing, unknown or of another shape.",
-            "Use weights of a network with the same settings.",
-        )
-    with torch.no_grad():
-        for key, target in own.items():
-            local(target).copy_(_part(tensors[key], target))
-
-
-def full_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """State tensors as {"INDEX.KEY": whole tensor on the CPU}, INDEX the position of the parameter. Collective."""
-    state = optimizer.state_dict()["state"]
-    tensors = {f"{index}.{key}": value for index, values in state.items() for key, value in values.items()}
-    return full_tensors({name: value for name, value in tensors.items() if isinstance(value, Tensor)})
-
-
-def load_full_optimizer_state(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Load what `full_optimizer_state` gave, sharded or not. Settings such as lr stay those of `optimizer`."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in sharded_like(tensors, parameters).items():
-        index, key = name.split(".", 1)
-        state.setdefault(int(index), {})[key] = tensor
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def sharded_like(tensors: Mapping[str, Tensor], parameters: Sequence[Tensor]) -> dict[str, Tensor]:
-    """{"INDEX.KEY": whole tensor} with those of the shape of parameter INDEX cut and placed as it is.
-
-    The others (such as step counts), and those of parameters that are not sharded, are copied.
-    """
-    out: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        like = parameters[int(name.split(".", 1)[0])]
-        if isinstance(like, DTensor) and tensor.shape == like.shape:
-            part = _part(tensor, like).to(local(like).device, copy=True)
-            sizes: Any = {"shape": like.shape, "stride": like.stride()}
-            out[name] = DTensor.from_local(part, like.device_mesh, like.placements, run_check=False, **sizes)
-        else:
-            out[name] = tensor.clone()
-    return out
-
-
-# Gradients.
-
-
-def total_norm(grads: Iterable[Tensor]) -> Tensor:
-    """2-norm of sharded and plain gradients taken together, float32 [] on the training device. Collective.
-
-    A plain gradient is taken to be the same in every process. With one process the value is that of
-    `torch.nn.utils.get_total_norm`, bit for bit.
-    """
-    grads = list(grads)
-    meshes = [grad.device_mesh for grad in grads if isinstance(grad, DTensor)]
-    if not meshes or meshes[0].size() == 1:
-        norm = torch.nn.utils.get_total_norm([local(grad) for grad in grads])
-        return norm.to(meshes[0].device_type) if meshes else norm
-    device = meshes[0].device_type
-    squares = []
-    for wanted in (True, False):
-        part = [local(grad) for grad in grads if isinstance(grad, DTensor) == wanted]
-        squares.append(torch.nn.utils.get_total_norm(part).to(device, torch.float64).square())  # fp32 could overflow
-    dist.all_reduce(squares[0], group=meshes[0].get_group())
-    return (squares[0] + squares[1]).sqrt().float()
-
-
-@torch.no_grad()
-def clip_(grads: Iterable[Tensor], norm: Tensor, max_norm: float) -> None:
-    """Scale gradients in place to a norm of at most max_norm, as `torch.nn.utils.clip_grads_with_norm_` does."""
-    factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
-    for grad in grads:
-        local(grad).mul_(factor.to(local(grad).device))
 
 
 # Setting up.
@@ -400,15 +336,3 @@ def _reset_by_hand(root: Any) -> None:
             if unsharded is not None:
                 unsharded.grad = parameter.unsharded_accumulated_grad = None
         group._to_sharded()
-
-
-def _part(full: Tensor, like: Tensor) -> Tensor:
-    """This process's part of a whole tensor, cut as `like` is."""
-    if not isinstance(like, DTensor):
-        return full
-    for axis, placement in enumerate(like.placements):
-        if isinstance(placement, Shard):
-            parts = torch.chunk(full, like.device_mesh.size(axis), placement.dim)
-            rank = like.device_mesh.get_local_rank(axis)
-            full = parts[rank] if rank < len(parts) else full.narrow(placement.dim, 0, 0)
-    return full

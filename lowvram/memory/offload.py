@@ -166,9 +166,9 @@ class ActivationOffload:
         """Start bringing back what was saved before: the backward goes that way, so it is most likely needed next."""
         ahead = self._ahead() if self._ahead is not None else None
         if ahead is not None and ahead.held is not None:
-            if ahead.number < parcel.number:
+            if 0 < parcel.number - ahead.number <= LOOK_BACK:
                 return  # its turn may still come
-            ahead.release()  # it was passed over
+            ahead.release()  # it was passed over, or the backward is elsewhere by now
         for number in range(parcel.number - 1, parcel.number - 1 - LOOK_BACK, -1):
             before = self._by_number.get(number)
             if before is not None and before.held is None and before.copy_on_device() is None:

@@ -91,7 +91,8 @@ class Part:
             if not self._stepped:
                 for shell, weight in zip(self.shells, weights, strict=True):
                     shell.copy_(weight)
-                self.optimizer.state.update(state)
+                for shell, values in state.items():
+                    self.optimizer.state[shell] = values
             raise
 
     def _round(self, seed: int, count: int) -> None:
@@ -104,7 +105,7 @@ class Part:
 
     def _scaled(self, grad: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
         if grad.device != self.device or host.is_host(grad):
-            grad = _to_device(grad, self.device)
+            grad = host.device_copy(grad, self.device, non_blocking=True)
         elif factor != 1 and grad.dtype == dtype:
             grad = grad.clone()  # the caller's own stays as it is, for a second attempt
         grad = grad.to(dtype)
@@ -117,7 +118,7 @@ class Part:
 
     def _upload(self) -> None:
         if self._host_state is not None:
-            optimizers.state_to(self.optimizer, lambda tensor: _to_device(tensor, self.device))
+            optimizers.state_to(self.optimizer, lambda t: host.device_copy(t, self.device, non_blocking=True))
 
     def _download(self) -> None:
         if self._host_state is None:
@@ -138,8 +139,3 @@ class Part:
 
 def _cloned(state: dict[str, Any]) -> dict[str, Any]:
     return {name: value.clone() if isinstance(value, Tensor) else value for name, value in state.items()}
-
-
-def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A copy on the device, also where that is the CPU: the host's own is not to be changed by halves."""
-    return torch.empty_like(tensor, device=device).copy_(tensor, non_blocking=True)

@@ -10,6 +10,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from lowvram.errors import LowVRAMError
+from lowvram.memory import guard
+
 Result = TypeVar("Result")
 Key = tuple[nn.Module, str]  # a buffer's module, and its name there
 
@@ -80,6 +83,58 @@ def retry(run: Callable[[], Result], recover: Callable[[OutOfMemory], bool]) -> 
         # Out of the except block, where `error` and what it refers to would still be alive.
         if not recover(failure):
             raise torch.OutOfMemoryError(failure.message)
+
+
+def halving(
+    run: Callable[[int | None], Result], whole: int, device: torch.device, say: Callable[[str], None], what: str
+) -> Result:
+    """What `run` returns, called with the number of samples to hold at a time; None, the first, is its own choice.
+
+    Out of memory, it is called again with half as many, beginning at half of `whole`. `say` tells the user, who knows
+    the work as `what`.
+
+    Raises:
+        LowVRAMError: memory does not suffice for one at a time.
+    """
+    size: int | None = None
+
+    def recover(failure: OutOfMemory) -> bool:
+        nonlocal size
+        reserved_bytes = held_bytes(device)
+        free_memory(device)
+        if size == 1:
+            raise given_up(what, failure, device, reserved_bytes)
+        size = max(1, (whole if size is None else size) // 2)
+        say(f"out of memory in {what} ({wanted_in_words(failure)}): {size} at a time from here on")
+        return True
+
+    return retry(lambda: run(size), recover)
+
+
+def held_bytes(device: torch.device) -> int:
+    """Bytes that torch's allocator has reserved now; on a CPU the process's resident peak.
+
+    Just after an allocation failed that is what did not suffice: the allocator gives its caches back before it fails,
+    and keeps what the failed work frees. A peak would be that of earlier and larger tries.
+    """
+    return torch.cuda.memory_reserved(device) if device.type == "cuda" else guard.resident_peak_bytes()
+
+
+def given_up(where: str, failure: OutOfMemory, device: torch.device, reserved_bytes: int) -> LowVRAMError:
+    """The error when nothing is left to try. reserved_bytes: by torch's allocator when memory ran out."""
+    least_bytes = guard.smallest_budget_bytes(
+        reserved_bytes=reserved_bytes, wanted_bytes=failure.wanted_bytes, device=device
+    )
+    return LowVRAMError(
+        f"out of memory in {where} ({wanted_in_words(failure)}), and no thriftier policy is left.",
+        f"About {'vram=' if device.type == 'cuda' else ''}{guard.in_gb(least_bytes, up=True)} would do; "
+        "or use a smaller model or resolution.",
+    )
+
+
+def wanted_in_words(failure: OutOfMemory) -> str:
+    """The allocation that failed, for the user."""
+    return "unknown size" if failure.wanted_bytes is None else f"{failure.wanted_bytes / 2**20:.0f} MiB wanted"
 
 
 class Snapshot:

@@ -1,16 +1,24 @@
 """What a training does when memory runs out: free what the try held, become thriftier, and go on without loss."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import TypeVar
 
-import torch
 from torch import nn
 
 from lowvram.errors import LowVRAMError
-from lowvram.memory import guard
 from lowvram.memory.apply import Applied
 from lowvram.memory.ladder import thriftier
-from lowvram.memory.recovery import OutOfMemory, Snapshot, free_memory, retry
+from lowvram.memory.recovery import (
+    OutOfMemory,
+    Snapshot,
+    free_memory,
+    given_up,
+    halving,
+    held_bytes,
+    retry,
+    wanted_in_words,
+)
 from lowvram.phase import Phase
 
 Result = TypeVar("Result")
@@ -36,78 +44,65 @@ class Rescue:
             LowVRAMError: there is no thriftier policy, or weights were changed already (update=fused), or other
                 processes take part, which can't know.
         """
-        self._snapshot.take()
+        where = f"phase {phase.name}"
+        self.again(where, self._snapshot.take)
 
         def recover(failure: OutOfMemory) -> bool:
-            self._check_alone(phase, failure)
-            reserved_bytes = _reserved_bytes(self.applied.device)
+            self._check_alone(where, failure, f"a smaller micro_batch.{phase.name}")
+            reserved_bytes = held_bytes(self.applied.device)
             self.applied.discard(phase)
             self._snapshot.restore()
             free_memory(self.applied.device)
             found = thriftier(self.applied.policy, self.applied.facts(phase))
             if found is None:
-                raise self._given_up(f"phase {phase.name}", failure, reserved_bytes)
+                raise given_up(where, failure, self.applied.device, reserved_bytes)
             policy, what = found
+            self.again(where, self.applied.settle)  # a change of policy does, and can't be called again
             self.applied.change(policy)
-            self.say(f"out of memory in phase {phase.name} ({_wanted(failure)}): {what}; the step is done again")
+            self.say(f"out of memory in {where} ({wanted_in_words(failure)}): {what}; the step is done again")
             return True
 
         return retry(run, recover)
 
     def resume(self, phase: Phase, run: Callable[[], Result]) -> Result:
-        """Run an update that can be called again and goes on where it was; memory is freed in between."""
-        tries = 0
+        """Run an update; out of memory, as `again`."""
+        return self.again(f"the update of phase {phase.name}", run)
+
+    def again(self, where: str, run: Callable[[], Result]) -> Result:
+        """Run what can be called again when it was interrupted: it goes on where it was, or does the same anew.
+
+        Out of memory, caches are freed first, and the averages go to the host next.
+
+        Raises:
+            LowVRAMError: neither helped, or other processes take part.
+        """
+        freed = False
 
         def recover(failure: OutOfMemory) -> bool:
-            nonlocal tries
-            tries += 1
-            self._check_alone(phase, failure)
-            reserved_bytes = _reserved_bytes(self.applied.device)
+            nonlocal freed
+            self._check_alone(where, failure, "less to hold, such as memory.ema=host")
+            reserved_bytes = held_bytes(self.applied.device)
             free_memory(self.applied.device)
-            if tries > 2:
-                raise self._given_up(f"the update of phase {phase.name}", failure, reserved_bytes)
-            self.say(f"out of memory in the update of phase {phase.name} ({_wanted(failure)}): caches freed, going on")
+            what = "caches freed"
+            if freed:
+                if self.applied.policy.ema == "host" or not self.applied.averages:
+                    raise given_up(where, failure, self.applied.device, reserved_bytes)
+                self.applied.change(replace(self.applied.policy, ema="host"))
+                what = "ema: device -> host"
+            freed = True
+            self.say(f"out of memory in {where} ({wanted_in_words(failure)}): {what}, going on")
             return True
 
         return retry(run, recover)
 
     def in_slices(self, run: Callable[[int | None], Result], whole: int, what: str = "sampling") -> Result:
         """Run work that takes a slice size; None is its own choice. Out of memory, again with half the slice."""
-        size: int | None = None
+        return halving(run, whole, self.applied.device, self.say, what)
 
-        def recover(failure: OutOfMemory) -> bool:
-            nonlocal size
-            reserved_bytes = _reserved_bytes(self.applied.device)
-            free_memory(self.applied.device)
-            if size == 1:
-                raise self._given_up(what, failure, reserved_bytes)
-            size = max(1, (whole if size is None else size) // 2)
-            self.say(f"out of memory in {what} ({_wanted(failure)}): {size} at a time from here on")
-            return True
-
-        return retry(lambda: run(size), recover)
-
-    def _check_alone(self, phase: Phase, failure: OutOfMemory) -> None:
+    def _check_alone(self, where: str, failure: OutOfMemory, remedy: str) -> None:
         if self.applied.world_size > 1:
             raise LowVRAMError(
-                f"out of memory in phase {phase.name} ({_wanted(failure)}) in one of {self.applied.world_size} "
+                f"out of memory in {where} ({wanted_in_words(failure)}) in one of {self.applied.world_size} "
                 "processes; the others wait for it, so the step can't be done again.",
-                f"Go on from the last checkpoint with a smaller micro_batch.{phase.name}.",
+                f"Go on from the last checkpoint with {remedy}.",
             )
-
-    def _given_up(self, where: str, failure: OutOfMemory, reserved_bytes: int) -> LowVRAMError:
-        least = guard.smallest_budget_bytes(
-            reserved_bytes=reserved_bytes, wanted_bytes=failure.wanted_bytes, device=self.applied.device
-        )
-        return LowVRAMError(
-            f"out of memory in {where} ({_wanted(failure)}), and no thriftier policy is left.",
-            f"About {least / 2**30:.2f} GiB would do; or use a smaller model or resolution.",
-        )
-
-
-def _wanted(failure: OutOfMemory) -> str:
-    return "unknown size" if failure.wanted_bytes is None else f"{failure.wanted_bytes / 2**20:.0f} MiB wanted"
-
-
-def _reserved_bytes(device: torch.device) -> int:
-    return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else guard.resident_peak_bytes()

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from lowvram.errors import LowVRAMError
 from lowvram.memory import fsdp, host, optimizers
@@ -211,7 +212,7 @@ class Updater:
 
     def _decide(self, loss: Tensor, clip_norm: float | None) -> Outcome:
         norm = self._total_norm()
-        loss_value, norm_value = torch.stack([loss, norm.to(loss)]).tolist()
+        loss_value, norm_value = _values(torch.stack([loss, norm.to(loss)]))
         scale = 1.0 if self.scale is None else self.scale.scale
         norm_value /= scale
         finite = math.isfinite(loss_value) and math.isfinite(norm_value)
@@ -394,12 +395,17 @@ class Updater:
         )
 
 
-def _hook(param: nn.Parameter, take: Callable[[Tensor], None]) -> torch.utils.hooks.RemovableHandle:
+def _hook(param: nn.Parameter, take: Callable[[nn.Parameter], None]) -> torch.utils.hooks.RemovableHandle:
     asked = param.requires_grad
     param.requires_grad_(True)  # torch refuses a hook on what is frozen at the moment
-    handle = param.register_post_accumulate_grad_hook(take)
+    handle = param.register_post_accumulate_grad_hook(take)  # type: ignore[arg-type]
     param.requires_grad_(asked)
     return handle
+
+
+def _values(numbers: Tensor) -> list[float]:
+    """The numbers of a tensor [n], read off the device; zeros for a fake one, which has none: a trace goes on."""
+    return [0.0] * len(numbers) if isinstance(numbers, FakeTensor) else numbers.tolist()
 
 
 def _norm(grad: Tensor) -> Tensor:

@@ -33,6 +33,8 @@ PRECISION_RECALL_IMAGES = 10_000
 SWD_IMAGES = 2_048
 _BATCH_BYTES = 2**24
 
+InSlices = Callable[[Callable[[int | None], Tensor], int, str], Tensor]
+
 
 @dataclass(kw_only=True)
 class Evaluation:
@@ -104,6 +106,7 @@ def evaluate_images(
     device: torch.device | str = "cpu",
     workers: int = 0,
     progress: bool = True,
+    in_slices: InSlices | None = None,
 ) -> Evaluation:
     """Compare n generated images with up to n of the real ones. No more than a batch of either is held.
 
@@ -116,6 +119,8 @@ def evaluate_images(
         feature_size: pixels that images are resized to for EfficientNet-Lite0; another size is another metric.
         inception: the weights for FID; otherwise torch hub's cache is looked at. Never downloaded.
         device: where features are computed. workers: processes that read real images.
+        in_slices: calls what it is given with None, or when memory runs out with the number of images to take at a
+            time, of the number given next. None: memory must suffice.
 
     Raises:
         LowVRAMError: an unknown metric, too few images, inception is no file or another network's.
@@ -127,6 +132,8 @@ def evaluate_images(
     extractors = _extractors(wanted, feature_size, inception, device, result)
     if not extractors and "swd" not in wanted:
         return result  # only FID was asked for, and can't be had
+    if in_slices is not None:
+        extractors = [_Sliced(extractor, in_slices) for extractor in extractors]
     keep = {e.name: PRECISION_RECALL_IMAGES if e.name != "inception" else 0 for e in extractors}
     batch = batch_size(real.resolution)
 
@@ -157,6 +164,22 @@ def evaluate_images(
 def batch_size(resolution: int) -> int:
     """Images at a time: up to 50, and up to 16 MB."""
     return max(1, min(50, _BATCH_BYTES // (3 * resolution**2)))
+
+
+class _Sliced:
+    """An extractor that goes on with fewer images at a time when memory runs out."""
+
+    def __init__(self, extractor: FeatureExtractor, in_slices: InSlices) -> None:
+        self.name, self.version, self.dim = extractor.name, extractor.version, extractor.dim
+        self._extractor, self._in_slices = extractor, in_slices
+        self._size: int | None = None  # None: all
+
+    def __call__(self, images: Tensor) -> Tensor:
+        def run(smaller: int | None) -> Tensor:
+            self._size = smaller or self._size
+            return torch.cat([self._extractor(part) for part in images.split(self._size or len(images))])
+
+        return self._in_slices(run, min(self._size or len(images), len(images)), "taking features")
 
 
 Measured = tuple[dict[str, float], dict[str, float]]  # values, floors

@@ -34,14 +34,17 @@ class _RunningWeight(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, gain: float, dtype: torch.dtype, layout: torch.memory_format) -> Tensor:
+        ctx.set_materialize_grads(False)
         ctx.settings = (gain, weight.dtype)
         out = torch.empty_like(weight, dtype=dtype, memory_format=layout)
         return torch.mul(weight, gain, out=out)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None, None]:
         gain, dtype = ctx.settings
-        return _RunningWeight.apply(grads[0], gain, dtype, torch.contiguous_format), None, None, None
+        (dy,) = grads
+        dw = None if dy is None else _RunningWeight.apply(dy, gain, dtype, torch.contiguous_format)
+        return dw, None, None, None
 
 
 def prefers_channels_last(x: Tensor) -> bool:
@@ -221,14 +224,18 @@ class _WideProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, kernels: Tensor, x: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(kernels, x)
         return torch.bmm(kernels, x.to(kernels.dtype))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         kernels, x = ctx.saved_tensors
-        dkernels = torch.bmm(grads[0], x.to(kernels.dtype).transpose(1, 2))
-        return dkernels, torch.bmm(kernels.transpose(1, 2), grads[0]).to(x.dtype)
+        (dy,) = grads
+        if dy is None:
+            return None, None
+        dkernels = torch.bmm(dy, x.to(kernels.dtype).transpose(1, 2))
+        return dkernels, torch.bmm(kernels.transpose(1, 2), dy).to(x.dtype)
 
 
 def _wide_product(kernels: Tensor, x: Tensor) -> Tensor:

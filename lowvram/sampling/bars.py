@@ -20,3 +20,8 @@ def bar(total: int, what: str, unit: str, *, shown: bool = True) -> Any:
         dynamic_ncols=terminal,
         mininterval=0.1 if terminal else _SECONDS_BETWEEN_LINES,
     )
+
+
+def say(message: str) -> None:
+    """Print a line, above the bar if there is one."""
+    tqdm.write(f"lowvram: {message}", file=sys.stderr)

@@ -1,0 +1,77 @@
+"""The policies that are compared, by name; the first is the plain run."""
+
+from typing import Any, TypeVar
+
+from lowvram.errors import LowVRAMError
+from lowvram.settings import Settings, nearest
+
+Policy = TypeVar("Policy")
+
+_PLAIN = [f"micro_batch.{phase}=null" for phase in ("G", "path_length", "D", "R1")]
+_OFFLOADED = ["memory.activations.path_length=offload", "memory.activations.R1=offload"]
+_RECOMPUTED = ["memory.activations.G=recompute", "memory.activations.D=recompute"]
+_DEFERRED = ["memory.update.G=deferred", "memory.update.D=deferred"]
+_NARROW = ["memory.optimizer.G=adam8bit", "memory.optimizer.D=adam8bit"]
+_STATE_ON_HOST = ["memory.state.G=host", "memory.state.D=host"]
+_STREAMED = [*_DEFERRED, "memory.weights.G=stream", "memory.weights.D=stream"]
+
+
+def stylegan2(settings: Settings) -> dict[str, list[str]]:
+    """Overrides of a StyleGAN2 recipe."""
+    half = _micro(settings, 2)
+    least = _micro(settings, settings.batch)
+    lean = [*_RECOMPUTED, *_OFFLOADED, *half]
+    sets = {
+        "plain": [],
+        "recompute": _RECOMPUTED,
+        "offload R1, path length": _OFFLOADED,
+        "half micro-batches": half,
+        "least micro-batches": least,
+        "8-bit": _NARROW,
+        "deferred": _DEFERRED,
+        "fused G": ["memory.update.G=fused"],
+        "state on the host": _STATE_ON_HOST,
+        "average on the host": ["memory.ema=host"],
+        "streamed": _STREAMED,
+        "fsdp offload": ["memory.fsdp=offload"],
+        "lean": lean,
+        "leanest": [*lean, *least, *_STREAMED, "memory.ema=host"],
+    }
+    return {name: [*_PLAIN, *changes] for name, changes in sets.items()}
+
+
+def sd15(batch: int) -> dict[str, dict[str, Any]]:
+    """Arguments of `workloads.sd15`."""
+    narrow = {"weights_dtype": "bf16", "kind": "adam8bit"}
+    recompute = {"activations": "recompute"}
+    return {
+        "plain": {"precision": "bf16"},
+        "recompute": {"precision": "bf16", "phase": recompute},
+        "8-bit": {"precision": "bf16", "optimizer": {"kind": "adam8bit"}},
+        "bf16 weights": {"optimizer": {"weights_dtype": "bf16"}},
+        "bf16 weights, 8-bit": {"optimizer": narrow},
+        "resident": {"phase": recompute, "optimizer": {**narrow, "update": "fused"}},
+        "streamed": {"optimizer": {**narrow, "update": "fused", "weights": "stream"}},
+        "streamed, deferred": {"optimizer": {**narrow, "update": "deferred", "weights": "stream"}},
+        "streamed, micro-batches": {
+            "phase": {"micro_batch": max(1, batch // 2)},
+            "optimizer": {**narrow, "update": "deferred", "weights": "stream"},
+        },
+    }
+
+
+def pick(policies: dict[str, Policy], only: list[str]) -> dict[str, Policy]:
+    """Those named; all where none is."""
+    for name in only:
+        if name not in policies:
+            raise LowVRAMError(f"the policy {name!r} is not known.", nearest(name, list(policies)))
+    return {name: policies[name] for name in only} if only else policies
+
+
+def _micro(settings: Settings, parts: int) -> list[str]:
+    """Micro-batches of a so-manieth of the batch, or of one group where that is more."""
+    group = settings.model.mbstd_group_size
+    whole = max(group, settings.batch // parts // group * group)
+    shrunk = settings.phase_batch("path_length")
+    size = max(1, shrunk // parts)
+    return [f"micro_batch.{name}={whole}" for name in ("G", "D", "R1")] + [f"micro_batch.path_length={size}"]

@@ -1,0 +1,103 @@
+"""A checkpoint written under one policy goes on under any other, and its keys never change."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from test_equivalence import CALM, REORDERED, largest_difference, weights
+
+from lowvram import Trainer, checkpoint
+
+Make = Callable[..., object]
+
+POLICIES = {
+    "plain": (),
+    "deferred, streamed": (
+        "memory.weights.G=stream",
+        "memory.update.G=deferred",
+        "memory.weights.D=stream",
+        "memory.update.D=deferred",
+        "memory.state.D=host",
+    ),
+    "sharded": ("memory.fsdp=offload",),
+    "fused": ("memory.update.G=fused", "memory.ema=host"),
+    "recomputed": ("memory.activations.G=recompute", "memory.activations.R1=offload", "memory.state.G=host"),
+}
+EXACT = {"plain", "deferred, streamed", "recomputed", "fused"}
+
+
+def saved(run: Path) -> dict[str, object]:
+    """File and key of every tensor in the newest checkpoint, but for the generators' states."""
+    folder = checkpoint.latest_good(run / "checkpoints")
+    assert folder is not None
+    files = sorted(f for f in folder.glob("*.safetensors") if not f.stem.startswith("rng"))
+    return {f"{file.stem}.{key}": tensor for file in files for key, tensor in load_file(file).items()}
+
+
+def train_to(recipe: object) -> Trainer:
+    trainer = Trainer(recipe, quiet=True)
+    trainer.fit()
+    return trainer
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+    from tiny import TINY
+
+    from lowvram import load_recipe
+
+    out = tmp_path_factory.mktemp("whole") / "run"
+    train_to(load_recipe("faces32", [*TINY, f"out={out}", "kimg=0.064", *CALM]))
+    return saved(out)
+
+
+@pytest.mark.parametrize("first", POLICIES)
+@pytest.mark.parametrize("second", POLICIES)
+def test_a_run_goes_on_under_another_policy(
+    first: str, second: str, tiny: Make, tmp_path: Path, whole: dict[str, object]
+) -> None:
+    if first == second and first != "sharded":
+        pytest.skip("test_equivalence and test_resume have it")
+    train_to(tiny("kimg=0.032", *CALM, *POLICIES[first]))
+    keys = saved(tmp_path / "run").keys()
+    undo = [*_defaults(POLICIES[first]), *POLICIES[second]]
+    train_to(tiny("kimg=0.064", "resume=auto", *CALM, *undo))
+    both = saved(tmp_path / "run")
+    assert keys == both.keys() == whole.keys()
+    exact = {first, second} <= EXACT
+    assert largest_difference(both, whole) <= (1e-7 if exact else REORDERED)
+
+
+def _defaults(overrides: tuple[str, ...]) -> list[str]:
+    """The plain values of the settings that were named, so that the resumed run names all that differs."""
+    plain = {"update": "after", "weights": "device", "state": "device", "activations": "keep", "fsdp": "none"}
+    names = [override.split("=")[0] for override in overrides]
+    return [f"{name}={plain.get(name.split('.')[1], 'device')}" for name in names]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "says"),
+    [
+        ("adam", "adam8bit", "converted from adam to adam8bit"),
+        ("adam8bit", "adam", "converted from adam8bit to adam"),
+        ("adam", "lion8bit", "anew"),
+        ("adam8bit", "adafactor", "adafactor"),
+    ],
+)
+def test_another_optimizer_takes_what_it_can_and_says_so(
+    first: str, second: str, says: str, tiny: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train_to(tiny("kimg=0.032", *CALM, f"memory.optimizer.D={first}"))
+    trainer = Trainer(tiny("kimg=0.064", "resume=auto", *CALM, f"memory.optimizer.D={second}"))
+    assert says in capsys.readouterr().out
+    trainer.fit()
+    assert all(t.isfinite().all() for t in weights(trainer).values())
+
+
+def test_eight_bit_state_resumes_exactly(tiny: Make, tmp_path: Path) -> None:
+    narrow = (*CALM, "memory.optimizer.G=adam8bit", "memory.optimizer.D=adam8bit")
+    train_to(tiny("kimg=0.064", f"out={tmp_path / 'whole'}", *narrow))
+    train_to(tiny("kimg=0.032", *narrow))
+    train_to(tiny("kimg=0.064", "resume=auto", *narrow))
+    assert largest_difference(saved(tmp_path / "run"), saved(tmp_path / "whole")) == 0
