@@ -70,6 +70,10 @@ class Account(LiveBytes):
                 if isinstance(entry, _Entry):
                     entry.maker = what
 
+    def empty_cache(self) -> None:
+        """Note that the allocator gives back here what is free, and that its highest point is looked for from here."""
+        self.log.append((0, None))
+
     def maker(self, tensor: Tensor) -> str:
         """The line of code at work, and the tensor that it made."""
         frame = sys._getframe(1)
@@ -93,7 +97,8 @@ class Account(LiveBytes):
                 highest, at = live, index
         held: Counter[str] = Counter()
         for change, entry in self.log[: at + 1]:
-            held[entry.maker] += change
+            if change:
+                held[entry.maker] += change
         rows = [(maker, size) for maker, size in held.most_common(most) if size > 0]
         return [*rows, ("all else", highest - sum(size for _, size in rows))]
 
@@ -116,19 +121,27 @@ def reserved_bytes(log: list[tuple[int, Any]]) -> int:
     """What a caching allocator as torch's reserves for the requests of a log: best fit in segments that stay reserved.
 
     Requests up to 1 MiB share segments of 2 MiB, those up to 10 MiB segments of 20 MiB, larger ones get their own,
-    rounded up to 2 MiB. Streams, and freeing what is cached when memory runs out, are left out.
+    rounded up to 2 MiB. At a change of 0 (`Account.empty_cache`) wholly free segments go back. Streams, and freeing
+    what is cached when memory runs out, are left out.
     """
     free: dict[bool, list[tuple[int, int, int]]] = {True: [], False: []}  # by small: (size, segment, offset), sorted
     where: dict[int, tuple[int, int, int, bool]] = {}
-    reserved = segments = 0
+    whole_sizes: dict[int, int] = {}  # by segment
+    reserved = highest = segments = 0
     for change, entry in log:
-        if change > 0:
+        if change == 0:
+            for small, spots in free.items():
+                reserved -= sum(spot[0] for spot in spots if spot[0] == whole_sizes[spot[1]])
+                free[small] = [spot for spot in spots if spot[0] != whole_sizes[spot[1]]]
+            highest = reserved
+        elif change > 0:
             size, small = int(change), change <= MIB
             spots = free[small]
             index = bisect.bisect_left(spots, (size, -1, -1))
             if index == len(spots):
                 whole = 2 * MIB if small else 20 * MIB if size < 10 * MIB else -(-size // (2 * MIB)) * 2 * MIB
                 reserved, segments = reserved + whole, segments + 1
+                highest, whole_sizes[segments] = max(highest, reserved), whole
                 bisect.insort(spots, (whole, segments, 0))
                 index = bisect.bisect_left(spots, (size, -1, -1))
             got, segment, offset = spots.pop(index)
@@ -145,4 +158,4 @@ def reserved_bytes(log: list[tuple[int, Any]]) -> int:
                 spots.remove(spot)
                 offset, size = min(offset, spot[2]), size + spot[0]
             bisect.insort(spots, (size, segment, offset))
-    return reserved
+    return highest

@@ -116,6 +116,8 @@ def _counted(build: Builder, traced: bool) -> dict[str, Any]:
             "gradients", (p.grad for p in phase.parameters() if p.grad is not None)
         )
         _name_residents(account, work)
+        gc.collect()
+        account.empty_cache()
         phases: dict[str, Any] = {}
         for _ in range(2):  # the second step has what the first one made
             for name, run, every in _parts(work):
@@ -160,9 +162,13 @@ def _as_on_a_gpu() -> Iterator[None]:
     def memory_format(x: Tensor, channels: int) -> torch.memory_format:
         return torch.contiguous_format if x.dtype == torch.float32 else torch.channels_last
 
+    def drawn(method: str, seeds: Tensor | None, shape: tuple[int, ...], _: str, device: Any, batch: int | None) -> Tensor:
+        return torch.empty(batch if seeds is None else len(seeds), *shape, device=device)  # row by row takes long
+
     with ExitStack() as stack:
         for module in ("stylegan2", "stylegan2_layers"):
             stack.enter_context(mock.patch(f"lowvram.models.{module}.best_memory_format", memory_format))
+        stack.enter_context(mock.patch("lowvram.seeded._draw", drawn))
         # torch can't convert or move the parameters of a fake module; they are made as they should be.
         stack.enter_context(mock.patch.object(nn.Module, "to", lambda module, *_, **__: module))
         yield
@@ -174,6 +180,8 @@ def _as_on_a_gpu() -> Iterator[None]:
 def _timed(build: Builder, device: torch.device, steps: int, so_far: dict[str, Any]) -> dict[str, Any]:
     on_gpu = device.type == "cuda"
     work = build(device)
+    if on_gpu:
+        torch.cuda.empty_cache()
     phases = so_far.get("phases", {})
     for step in range(steps + 1):
         for name, run, every in _parts(work):

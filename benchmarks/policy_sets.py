@@ -20,7 +20,7 @@ def stylegan2(settings: Settings) -> dict[str, list[str]]:
     """Overrides of a StyleGAN2 recipe."""
     half = _micro(settings, 2)
     least = _micro(settings, settings.batch)
-    lean = [*_RECOMPUTED, *_OFFLOADED, *half]
+    lazy = _lazy(settings)
     sets = {
         "plain": [],
         "recompute": _RECOMPUTED,
@@ -34,8 +34,9 @@ def stylegan2(settings: Settings) -> dict[str, list[str]]:
         "average on the host": ["memory.ema=host"],
         "streamed": _STREAMED,
         "fsdp offload": ["memory.fsdp=offload"],
-        "lean": lean,
-        "leanest": [*lean, *least, *_STREAMED, "memory.ema=host"],
+        "lean": lazy,
+        "leaner": [*lazy, *_RECOMPUTED],
+        "leanest": [*_RECOMPUTED, *_OFFLOADED, *least, *_STREAMED, "memory.ema=host"],
     }
     return {name: [*_PLAIN, *changes] for name, changes in sets.items()}
 
@@ -66,6 +67,15 @@ def pick(policies: dict[str, Policy], only: list[str]) -> dict[str, Policy]:
         if name not in policies:
             raise LowVRAMError(f"the policy {name!r} is not known.", nearest(name, list(policies)))
     return {name: policies[name] for name in only} if only else policies
+
+
+def _lazy(settings: Settings) -> list[str]:
+    """The phases that run seldom, thriftily: half micro-batches, or activations on the host where groups forbid it."""
+    half = settings.batch // 2
+    divisible = half % settings.model.mbstd_group_size == 0
+    shrunk = max(1, settings.phase_batch("path_length") // 2)
+    r1 = f"micro_batch.R1={half}" if divisible else "memory.activations.R1=offload"
+    return [r1, f"micro_batch.path_length={shrunk}"]
 
 
 def _micro(settings: Settings, parts: int) -> list[str]:

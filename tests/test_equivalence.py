@@ -5,20 +5,24 @@ that only move or recompute numbers must end bit-identical; those that cut a bat
 narrow state and narrow weights have a stated tolerance, and a convergence test beside it.
 """
 
+import json
 from collections.abc import Callable
 from functools import cache
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from small_unet import train
+from small_unet import noise_phase, pictures, step, train, unet
 from tiny import TINY
 from torch import Tensor
 
 from lowvram import Trainer, load_recipe
 from lowvram.errors import LowVRAMError
-from lowvram.memory.apply import Applied
+from lowvram.memory.apply import Applied, apply
 from lowvram.memory.policy import MemoryPolicy, OptimizerPolicy, PhasePolicy
+from lowvram.memory.update import Outcome
+from lowvram.phase import Phase
 
 # An eps well above rounding: Adam's first steps are else the signs of gradients, and rounding decides those near zero.
 CALM = ("optimizer.eps=0.01", "optimizer.lr=0.02", "augment.pipeline=bgcfnc", "augment.p=0.5", "augment.mode=fixed")
@@ -175,3 +179,167 @@ def test_combinations_train_the_same_unet_or_say_why_not(
     wanted, wanted_losses = plain_unet(clip_norm, 3)
     assert losses == pytest.approx(wanted_losses, rel=1e-5)
     assert largest_difference(unet_weights(applied), wanted) <= REORDERED
+
+
+# Narrow state and narrow weights: not the same, but as good.
+
+# How far weights may end from the plain run's, relative to the distance that they moved: ten steps, 2-norm of all.
+NARROW = {
+    "adam8bit": (policy(kind="adam8bit"), 0.03),
+    "adam8bit, state on the host, deferred": (policy(kind="adam8bit", update="deferred", state="host"), 0.03),
+    "adam8bit, streamed": (policy(kind="adam8bit", update="deferred", weights="stream"), 0.03),
+    "paged_adam8bit": (policy(kind="paged_adam8bit"), 0.03),
+    "bf16 autocast": (MemoryPolicy(precision="bf16"), 0.05),
+    "bf16 weights": (policy(weights_dtype="bf16"), 0.25),
+    "bf16 weights, 8 bit, fused, streamed": (
+        policy(weights_dtype="bf16", kind="adam8bit", update="fused", weights="stream"),
+        0.25,
+    ),
+}
+
+
+def distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    return sum(float((one[key].double() - other[key].double()).square().sum()) for key in one) ** 0.5
+
+
+@pytest.mark.parametrize("technique", NARROW)
+def test_narrow_state_stays_near_the_plain_run(technique: str) -> None:
+    chosen, tolerance = NARROW[technique]
+    applied, losses = train(chosen)
+    wanted, wanted_losses = plain_unet()
+    start = {key: tensor.detach().clone() for key, tensor in unet().state_dict().items()}
+    assert losses == pytest.approx(wanted_losses, rel=5e-3)
+    assert distance(unet_weights(applied), wanted) <= tolerance * distance(wanted, start)
+
+
+def loss_after(chosen: MemoryPolicy, *, steps: int = 100, lr: float = 1e-3) -> float:
+    """Mean loss of the last ten of so many steps on the same few images and noise."""
+    network = unet()
+    optimizer = torch.optim.AdamW(network.parameters(), lr=lr, betas=(0.9, 0.99), eps=1e-6, weight_decay=0.01)
+    phase = noise_phase(network, optimizer=optimizer)
+    applied = apply(chosen, [phase], device="cpu", seed=3)
+    images = pictures(1)[0]
+    losses = [step(applied, phase, images, 0) for _ in range(steps)]
+    return sum(losses[-10:]) / 10
+
+
+CONVERGING = {
+    "adam8bit": (policy(kind="adam8bit"), 1e-3),
+    "paged_adam": (policy(kind="paged_adam"), 1e-3),
+    "lion8bit": (policy(kind="lion8bit"), 5e-4),
+    "adafactor": (policy(kind="adafactor"), 1e-2),
+    "bf16 autocast": (MemoryPolicy(precision="bf16"), 1e-3),
+    "bf16 weights": (policy(weights_dtype="bf16"), 1e-3),
+    "bf16 weights, 8 bit, streamed": (
+        policy(weights_dtype="bf16", kind="adam8bit", update="deferred", weights="stream"),
+        1e-3,
+    ),
+}
+
+
+@cache
+def plain_loss() -> float:
+    return loss_after(MemoryPolicy())
+
+
+@pytest.mark.parametrize("technique", CONVERGING)
+def test_narrow_state_converges_as_the_plain_run_does(technique: str) -> None:
+    chosen, lr = CONVERGING[technique]
+    first = plain_unet()[1][0]
+    assert plain_loss() < first / 3
+    assert loss_after(chosen, lr=lr) < plain_loss() + 0.1 * first
+
+
+def test_fp16_scaling_skips_a_step_that_overflows_and_keeps_the_weights() -> None:
+    network = unet()
+    phase = noise_phase(network)
+    applied = apply(MemoryPolicy(precision="fp16"), [phase], device="cpu")
+    images = pictures(2)
+    scale = applied.updater(phase).scale
+    assert scale is not None
+    scale.scale = 2.0**24  # far too large for this loss
+    before = {key: tensor.clone() for key, tensor in network.state_dict().items()}
+    plain = phase.loss
+    phase.loss = lambda micro: plain(micro) * 2.0**20
+    outcome = _outcome(applied, phase, images[0])
+    assert (outcome.applied, outcome.finite) == (False, True)
+    assert scale.scale == 2.0**23
+    assert largest_difference(before, network.state_dict()) == 0
+    phase.loss = plain
+    scale.scale = 2.0**10
+    assert _outcome(applied, phase, images[1]).applied
+    assert largest_difference(before, network.state_dict()) > 0
+
+
+def _outcome(applied: Applied, phase: Phase, images: Tensor) -> Outcome:
+    with applied.running(phase):
+        micro_batches = phase.micro_batches(images, torch.full((len(images),), -1), torch.arange(len(images)), 0, 0)
+        loss, _ = applied.accumulate(phase, micro_batches)
+    return applied.update(phase, loss)
+
+
+# What can't be honoured is said, with both settings.
+
+
+@pytest.mark.parametrize(
+    ("chosen", "changes", "names"),
+    [
+        (policy(update="fused"), {"clip_norm": 1.0}, ("memory.update.denoise=fused", "clip_norm=1.0")),
+        (
+            policy(update="fused", phase={"micro_batch": 2}),
+            {},
+            ("memory.update.denoise=fused", "micro_batch.denoise=2"),
+        ),
+        (policy(update="fused"), {"terms": 2}, ("memory.update.denoise=fused", "2 parts")),
+        (
+            policy(phase={"activations": "recompute"}),
+            {"second_order": True},
+            ("memory.activations.denoise=recompute", "second derivative"),
+        ),
+        (
+            MemoryPolicy(fsdp="shard", phases={"denoise": PhasePolicy(activations="offload")}),
+            {},
+            ("memory.activations.denoise=offload", "memory.fsdp=shard"),
+        ),
+        (policy(phase={"micro_batch": 3}), {}, ("micro_batch.denoise=3", "4 samples")),
+        (MemoryPolicy(optimizers={"G": OptimizerPolicy()}), {}, ("memory.optimizer.G", "denoise")),
+        (MemoryPolicy(attention="xformers"), {}, ("xformers",)),
+    ],
+)
+def test_settings_that_exclude_each_other_are_both_named(
+    chosen: MemoryPolicy, changes: dict[str, object], names: tuple[str, ...]
+) -> None:
+    with pytest.raises(LowVRAMError) as error:
+        apply(chosen, [noise_phase(unet(), **changes)], device="cpu")
+    for name in names:
+        assert name in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("make", "names"),
+    [
+        (lambda: MemoryPolicy(fsdp="shard", optimizers={"G": OptimizerPolicy(kind="adam8bit")}), ("fsdp", "adam8bit")),
+        (
+            lambda: MemoryPolicy(fsdp="shard", optimizers={"G": OptimizerPolicy(update="deferred")}),
+            ("fsdp", "deferred"),
+        ),
+        (lambda: MemoryPolicy(precision="fp16", optimizers={"G": OptimizerPolicy(update="fused")}), ("fp16", "fused")),
+        (lambda: OptimizerPolicy(weights="stream"), ("stream", "update=after")),
+        (lambda: OptimizerPolicy(kind="paged_adam", state="host"), ("paged_adam", "state=host")),
+    ],
+)
+def test_policies_that_contradict_themselves_are_refused(make: Callable[[], object], names: tuple[str, ...]) -> None:
+    with pytest.raises(LowVRAMError) as error:
+        make()
+    for name in names:
+        assert name in str(error.value)
+
+
+def test_a_policy_is_frozen_hashable_and_survives_json() -> None:
+    chosen = MemoryPolicy().with_phase("R1", activations="offload").with_optimizer("D", kind="adam8bit")
+    assert MemoryPolicy.from_dict(json.loads(json.dumps(chosen.to_dict()))) == chosen
+    assert hash(chosen) == hash(MemoryPolicy.from_dict(chosen.to_dict()))
+    with pytest.raises(AttributeError):
+        chosen.ema = "host"
+    with pytest.raises(TypeError):
+        chosen.phases["R1"] = PhasePolicy()

@@ -21,8 +21,8 @@ def check(
     device: torch.device,
 ) -> None:
     """Raise LowVRAMError for the first setting that can't be honoured, naming what stands against it."""
-    _check_names("activations", policy.phases, [phase.name for phase in phases])
-    _check_names("optimizer", policy.optimizers, list(dict.fromkeys(optimizer_names.values())))
+    _check_names("memory.activations", policy.phases, [phase.name for phase in phases])
+    _check_names("memory.optimizer", policy.optimizers, list(dict.fromkeys(optimizer_names.values())))
     for phase in phases:
         _check_activations(policy, phase, facts[phase.name])
         _check_micro_batch(policy, phase)
@@ -46,7 +46,14 @@ def _check_names(setting: str, named: Mapping[str, object], known: list[str]) ->
 
 
 def _check_activations(policy: MemoryPolicy, phase: Phase, facts: PhaseFacts) -> None:
-    if policy.phase(phase.name).activations != "recompute":
+    activations = policy.phase(phase.name).activations
+    if activations == "offload" and policy.fsdp != "none":
+        raise LowVRAMError(
+            f"memory.activations.{phase.name}=offload with memory.fsdp={policy.fsdp}: FSDP frees the weights that it "
+            "gathered while a copy of them may be on its way to the host.",
+            f"Use memory.activations.{phase.name}=recompute, or memory.fsdp=none.",
+        )
+    if activations != "recompute":
         return
     if phase.second_order:
         raise LowVRAMError(
