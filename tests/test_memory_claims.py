@@ -107,7 +107,7 @@ CLAIMS = {
     "deferred, micro-batches": (
         policy(update="deferred", phase={"micro_batch": 1}),
         policy(phase={"micro_batch": 1}),
-        WEIGHT_BYTES - SLACK_BYTES,
+        WEIGHT_BYTES - BLOCK_BYTES,  # where they are added up, an earlier micro-batch's comes back for one parameter
     ),
     "fused": (
         policy(update="fused", phase={"activations": "offload"}),
