@@ -24,7 +24,7 @@ def stylegan2(settings: Settings) -> dict[str, list[str]]:
     sets = {
         "plain": [],
         "recompute": _RECOMPUTED,
-        "offload R1, path length": _OFFLOADED,
+        "offload R1 and path length": _OFFLOADED,
         "half micro-batches": half,
         "least micro-batches": least,
         "8-bit": _NARROW,
@@ -35,6 +35,7 @@ def stylegan2(settings: Settings) -> dict[str, list[str]]:
         "streamed": _STREAMED,
         "fsdp offload": ["memory.fsdp=offload"],
         "lean": lazy,
+        "lean host state": [*lazy, *_STATE_ON_HOST, "memory.ema=host"],
         "leaner": [*lazy, *_RECOMPUTED],
         "leanest": [*_RECOMPUTED, *_OFFLOADED, *least, *_STREAMED, "memory.ema=host"],
     }
@@ -50,11 +51,11 @@ def sd15(batch: int) -> dict[str, dict[str, Any]]:
         "recompute": {"precision": "bf16", "phase": recompute},
         "8-bit": {"precision": "bf16", "optimizer": {"kind": "adam8bit"}},
         "bf16 weights": {"optimizer": {"weights_dtype": "bf16"}},
-        "bf16 weights, 8-bit": {"optimizer": narrow},
+        "bf16 weights 8-bit": {"optimizer": narrow},
         "resident": {"phase": recompute, "optimizer": {**narrow, "update": "fused"}},
         "streamed": {"optimizer": {**narrow, "update": "fused", "weights": "stream"}},
-        "streamed, deferred": {"optimizer": {**narrow, "update": "deferred", "weights": "stream"}},
-        "streamed, micro-batches": {
+        "streamed deferred": {"optimizer": {**narrow, "update": "deferred", "weights": "stream"}},
+        "streamed micro-batches": {
             "phase": {"micro_batch": max(1, batch // 2)},
             "optimizer": {**narrow, "update": "deferred", "weights": "stream"},
         },

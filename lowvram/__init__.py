@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lowvram.config import load_recipe
     from lowvram.errors import LowVRAMError
+    from lowvram.memory.policy import MemoryPolicy
     from lowvram.phase import MicroBatch, Phase
     from lowvram.tasks import load_run
     from lowvram.trainer import Trainer
@@ -23,6 +24,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "LowVRAMError": "errors",
+    "MemoryPolicy": "memory.policy",
     "MicroBatch": "phase",
     "Phase": "phase",
     "Trainer": "trainer",
@@ -30,7 +32,7 @@ _HOMES = {
     "load_run": "tasks",
 }
 
-__all__ = ["LowVRAMError", "MicroBatch", "Phase", "Trainer", "load_recipe", "load_run"]
+__all__ = ["LowVRAMError", "MemoryPolicy", "MicroBatch", "Phase", "Trainer", "load_recipe", "load_run"]
 
 
 def __getattr__(name: str) -> Any:

@@ -360,7 +360,9 @@ class Trainer:
         own = self.task.own_precision
         precision = "fp32" if own else choose(self.recipe.precision, self.device)
         return Applied(
-            MemoryPolicy.from_settings(self.recipe, precision=precision),
+            MemoryPolicy.from_settings(
+                self.recipe, phases=[phase.name for phase in self.task.phases], precision=precision
+            ),
             self.task.phases,
             device=self.device,
             averages=self.task.averages,

@@ -7,7 +7,7 @@ done about it leaves the micro-batches as they were, everything must be bit-iden
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import pytest
@@ -308,9 +308,7 @@ def test_faults_change_nothing(where: str, tiny: Callable[..., object], referenc
 
 
 @pytest.mark.parametrize("policy", [name for name in POLICIES if name != "plain"])
-def test_nor_under_another_policy(
-    policy: str, tiny: Callable[..., object], reference: Callable[..., Result]
-) -> None:
+def test_nor_under_another_policy(policy: str, tiny: Callable[..., object], reference: Callable[..., Result]) -> None:
     words = (*SMALL, *POLICIES[policy])
     got = train(
         tiny(*CALM, *words),

@@ -5,6 +5,7 @@ one network's settings reach another's), wait for the device after every paramet
 memory, decouple the weight decay of Adam too, and load 8-bit state wrongly or without its paging.
 """
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -245,6 +246,9 @@ def functional(wanted_by: str) -> Any:
     Raises:
         LowVRAMError: it is not installed. wanted_by: the setting that asks for it.
     """
+    logger = logging.getLogger("bitsandbytes")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # it warns of 4-bit kernels that are not wanted here
     try:
         from bitsandbytes import functional as module
     except ImportError as error:
@@ -252,6 +256,8 @@ def functional(wanted_by: str) -> Any:
             f"{wanted_by} needs bitsandbytes, which can't be imported: {error}.",
             "pip install bitsandbytes, or use optimizer=adam or optimizer=adafactor.",
         ) from error
+    finally:
+        logger.setLevel(level)
     return module
 
 

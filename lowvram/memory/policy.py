@@ -1,6 +1,6 @@
 """What is done to save memory, as one frozen record. `lowvram.memory.apply` carries it out."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
@@ -156,15 +156,20 @@ class MemoryPolicy:
         return cls(phases=phases, optimizers=optimizers, **rest)
 
     @classmethod
-    def from_settings(cls, settings: Settings, *, precision: str = "fp32") -> "MemoryPolicy":
-        """The policy that a recipe writes out. precision: of autocast, for networks that leave it to the policy."""
+    def from_settings(cls, settings: Settings, *, phases: Collection[str], precision: str = "fp32") -> "MemoryPolicy":
+        """The policy that a recipe writes out.
+
+        phases: the names of those that it trains; settings of a phase that is switched off mean nothing. precision: of
+        autocast, for networks that leave it to the policy.
+        """
         memory = settings.memory
         micro_batches = asdict(settings.micro_batch)
-        phases = {
+        by_phase = {
             name: PhasePolicy(
                 micro_batch=micro_batches.get(name), activations=activations, recompute_every=memory.recompute_every
             )
             for name, activations in memory.activations.items()
+            if name in phases
         }
         columns = {"kind": memory.optimizer, **{k: v for k, v in memory.by_optimizer().items() if k != "optimizer"}}
         optimizers = {
@@ -173,7 +178,7 @@ class MemoryPolicy:
         }
         return cls(
             precision=precision,
-            phases=phases,
+            phases=by_phase,
             optimizers=optimizers,
             ema=memory.ema,
             attention=memory.attention,
