@@ -60,10 +60,8 @@ def measure_phase(
     seconds = []
     for index in range(warmup + steps):
         begun = time.perf_counter()
-        with trainer.meter.phase(phase.name), phase.trainable():
-            micro_batches = phase.micro_batches(images, batch.labels, batch.position, 0, trainer.recipe.seed)
-            loss, _ = trainer.accumulate(phase, micro_batches)
-            trainer.update(phase, loss)
+        with trainer.meter.phase(phase.name):
+            trainer.run_phase(phase, batch, images, 0)
         if index >= warmup:
             seconds.append(time.perf_counter() - begun)
     cost = trainer.meter.costs[phase.name]
