@@ -97,7 +97,7 @@ class Account(LiveBytes):
                 highest, at = live, index
         held: Counter[str] = Counter()
         for change, entry in self.log[: at + 1]:
-            if change:
+            if entry is not None:
                 held[entry.maker] += change
         rows = [(maker, size) for maker, size in held.most_common(most) if size > 0]
         return [*rows, ("all else", highest - sum(size for _, size in rows))]
@@ -121,7 +121,7 @@ def reserved_bytes(log: list[tuple[int, Any]]) -> int:
     """What a caching allocator as torch's reserves for the requests of a log: best fit in segments that stay reserved.
 
     Requests up to 1 MiB share segments of 2 MiB, those up to 10 MiB segments of 20 MiB, larger ones get their own,
-    rounded up to 2 MiB. At a change of 0 (`Account.empty_cache`) wholly free segments go back. Streams, and freeing
+    rounded up to 2 MiB. Where the log says `Account.empty_cache`, wholly free segments go back. Streams, and freeing
     what is cached when memory runs out, are left out.
     """
     free: dict[bool, list[tuple[int, int, int]]] = {True: [], False: []}  # by small: (size, segment, offset), sorted
@@ -129,7 +129,7 @@ def reserved_bytes(log: list[tuple[int, Any]]) -> int:
     whole_sizes: dict[int, int] = {}  # by segment
     reserved = highest = segments = 0
     for change, entry in log:
-        if change == 0:
+        if entry is None:
             for small, spots in free.items():
                 reserved -= sum(spot[0] for spot in spots if spot[0] == whole_sizes[spot[1]])
                 free[small] = [spot for spot in spots if spot[0] != whole_sizes[spot[1]]]

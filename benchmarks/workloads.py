@@ -85,8 +85,9 @@ def recipe(name: str, overrides: list[str], device: torch.device) -> Workload:
     traced = isinstance(next(task.networks["G_ema"].parameters()), FakeTensor)
     if traced and settings.memory.ema == "host":
         _to_fake_host(task.networks["G_ema"])
+    precision = "fp32" if task.own_precision else choose(settings.precision, device)
     applied = Applied(
-        MemoryPolicy.from_settings(settings, precision="fp32" if task.own_precision else _precision(settings, device)),
+        MemoryPolicy.from_settings(settings, phases=[phase.name for phase in task.phases], precision=precision),
         task.phases,
         device=device,
         averages=task.averages,
@@ -163,10 +164,6 @@ def sd15(
 def _seeds(batch: int) -> Tensor:
     with unset_fake_temporarily():
         return torch.arange(1, batch + 1)
-
-
-def _precision(settings: Settings, device: torch.device) -> str:
-    return choose(settings.precision, device)
 
 
 def _half(settings: Settings, device: torch.device) -> bool:

@@ -3,6 +3,7 @@
 The network is wide for its images, so that weights, gradients and state count as well as activations.
 """
 
+from collections.abc import Callable
 from functools import cache
 
 import pytest
@@ -11,6 +12,7 @@ from small_unet import BATCH, noise_phase, pictures, step
 from test_equivalence import policy
 from torch import nn
 
+from lowvram import Trainer
 from lowvram.memory.apply import apply
 from lowvram.memory.policy import MemoryPolicy
 from lowvram.memory.tracer import LiveBytes
@@ -150,3 +152,18 @@ def test_streamed_weights_and_narrow_state_stay_under_two_blocks() -> None:
     largest = 4 * CHANNELS * CHANNELS * 9  # one convolution in fp32: weights, gradient, moments and their rounding
     maps = (BLOCKS + 7) * ACTIVATION_BYTES // 2
     assert peak_bytes(chosen) <= two_blocks + 8 * largest + maps + SLACK_BYTES
+
+
+@pytest.mark.parametrize("ema", ["device", "host"])
+def test_sampling_and_saving_stay_under_the_training_peak(tiny: Callable[..., object], ema: str) -> None:
+    with LiveBytes() as memory:
+        trainer = Trainer(tiny(f"memory.ema={ema}", "grid=16"), quiet=True)
+        batches = trainer.loader.iterate(0)
+        for _ in range(2):
+            trainer.train_step(next(batches))
+        training = memory.peak_bytes
+        memory.reset_peak()
+        trainer.run.prepare()
+        trainer.save()
+        trainer.sample(16)
+        assert memory.peak_bytes < training

@@ -4,19 +4,37 @@ Faults are raised by hooks, in torch's own words. The reference is the same trai
 done about it leaves the micro-batches as they were, everything must be bit-identical.
 """
 
+import gc
+import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from commands import environment
+from small_unet import BATCH, noise_phase, pictures, unet
 from test_equivalence import CALM, REORDERED, largest_difference, weights
 from tiny import TINY
 from torch import Tensor, nn
 
 from lowvram import Trainer, checkpoint, load_recipe
+from lowvram.ema import ExponentialMovingAverage
+from lowvram.errors import LowVRAMError
+from lowvram.evaluate import evaluate
+from lowvram.memory import optimizer_classes, optimizers
+from lowvram.memory.apply import Applied, apply
+from lowvram.memory.policy import MemoryPolicy, OptimizerPolicy, PhasePolicy
+from lowvram.memory.rescue import Rescue
+from lowvram.memory.update import Updater
+from lowvram.metrics import evaluation
+from lowvram.sample import all_frames, sample_batches
+from lowvram.tasks import Task
 
 MESSAGE = (
     "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 5.79 GiB of which 1 GiB is free."
@@ -113,6 +131,15 @@ def train(recipe: object, *faults: tuple[Install, Fault]) -> Result:
     return Result(tensors=tensors, losses=losses, said=said)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _little_garbage() -> Iterator[None]:
+    """Each fault collects garbage: let it look only at what these tests make."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Result]:
     """The training of some settings without a fault."""
@@ -190,13 +217,18 @@ def terms_of(phase: str) -> Install:
 
 
 def update_of(name: str, when: str) -> Install:
-    """Just before or after the inner optimizer of a middle part steps; under fault.at = 1 at the next update."""
+    """Just before or after the inner optimizer of a middle part steps, also of the one that a new policy makes."""
 
     def install(trainer: Trainer, fault: Fault) -> None:
-        parts = [part for bucket in trainer.applied.updaters[name].buckets.values() for part in bucket.parts]
-        optimizer = parts[len(parts) // 2].optimizer
-        hook = optimizer.register_step_pre_hook if when == "before" else optimizer.register_step_post_hook
-        hook(fault)
+        def hook(updater: Updater) -> Updater:
+            parts = [part for bucket in updater.buckets.values() for part in bucket.parts]
+            optimizer = parts[len(parts) // 2].optimizer
+            (optimizer.register_step_pre_hook if when == "before" else optimizer.register_step_post_hook)(fault)
+            return updater
+
+        make, applied = trainer.applied._make_updater, trainer.applied
+        applied._make_updater = lambda made: hook(make(made)) if made == name else make(made)
+        hook(applied.updaters[name])
 
     return install
 
@@ -298,6 +330,7 @@ POINTS: dict[str, list[tuple[Install, Fault]]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
 @pytest.mark.parametrize("where", POINTS)
 def test_faults_change_nothing(where: str, tiny: Callable[..., object], reference: Callable[..., Result]) -> None:
     faults = [(install, replace(fault)) for install, fault in POINTS[where]]
@@ -331,7 +364,7 @@ def test_nor_in_the_updates_that_streamed_blocks_wait_for(
     before, after = Fault(at=(1, 4)), Fault(at=(2, 3))
     got = train(tiny(*CALM, *words), (update_of(name, "before"), before), (update_of(name, "after"), after))
     assert_same(got, reference(*words))
-    assert {line.split(" (")[0].split(" in ")[1] for line in got.said} > {"the average"}
+    assert len(got.said) == 4
     assert any("the step is done again" in line for line in got.said)
 
 
@@ -344,5 +377,346 @@ def test_smaller_micro_batches_change_no_more_than_the_order_of_sums(
     got = train(tiny(*CALM), *((backward_of(network), Fault(phase=name, at=at)) for name, network in phases.items()))
     assert_same(got, reference(), REORDERED)
     assert len(got.said) == 4 * times
-    for name in phases:
+    for name in ("G", "D", "R1", *(["path_length"] if times > 1 else [])):  # path length is offloaded first
         assert sum(f"micro_batch.{name}: " in line for line in got.said) >= 1
+
+
+# Faults without end, or where nothing can be redone.
+
+
+@pytest.mark.parametrize("phase", ["G", "path_length"])
+def test_the_whole_ladder_and_its_end(phase: str, tiny: Callable[..., object]) -> None:
+    trainer = Trainer(tiny(*CALM), quiet=True)
+    said: list[str] = []
+    trainer.rescue.say = said.append
+    fault = Fault(at=tuple(range(1, 100)))
+    (forward_of("G") if phase == "G" else backward_of("G"))(trainer, fault)
+    trainer.task.phases = [p for p in trainer.task.phases if p.name == phase]
+    before = weights(trainer)
+    with closing(trainer.loader.iterate(0)) as batches, pytest.raises(LowVRAMError) as caught:
+        trainer.train_step(next(batches))
+    own = {
+        "G": ["micro_batch.G: 8 -> 4", "activations.G: keep -> recompute"],
+        "path_length": [
+            "activations.path_length: keep -> offload",
+            "micro_batch.path_length: 4 -> 2",
+            "micro_batch.path_length: 2 -> 1",
+        ],
+    }[phase]
+    steps = [*own, "state.G: device -> host", "state.D: device -> host", "ema: device -> host"]
+    where = f"out of memory in phase {phase} ({WANTED})"
+    assert said == [f"{where}: {step}; the step is done again" for step in steps]
+    problem = str(caught.value)
+    assert f"{where}, and no thriftier policy is left." in problem
+    (gigabytes,) = re.findall(r"About ([\d.]+)GB would do", problem)
+    assert 2 < float(gigabytes) < 50  # what was held, and the 2 GiB that were wanted
+    assert caught.value.__context__ is None  # nothing that would hold the failed try's tensors
+    assert largest_difference(weights(trainer), before) == 0
+
+
+def test_an_update_is_tried_again_and_then_given_up(tiny: Callable[..., object]) -> None:
+    trainer = Trainer(tiny(*CALM), quiet=True)
+    said: list[str] = []
+    trainer.rescue.say = said.append
+    update_of("G", "before")(trainer, Fault(at=tuple(range(1, 100))))
+    where = rf"out of memory in the update of phase G \({WANTED}\)"
+    with closing(trainer.loader.iterate(0)) as batches, pytest.raises(LowVRAMError, match=f"{where}, and no thriftier"):
+        trainer.train_step(next(batches))
+    assert [line.split("): ")[1] for line in said] == ["caches freed, going on", "ema: device -> host, going on"]
+
+
+def test_a_fused_update_can_not_be_redone_and_says_so(tiny: Callable[..., object]) -> None:
+    trainer = Trainer(tiny(*CALM, "memory.update.G=fused"), quiet=True)
+    update_of("G", "after")(trainer, Fault())
+    with closing(trainer.loader.iterate(0)) as batches, pytest.raises(LowVRAMError) as caught:
+        trainer.train_step(next(batches))
+    assert "memory.update.G=fused changed weights before this step failed: it can't be redone" in str(caught.value)
+    assert "last checkpoint with memory.update.G=deferred, which is exact" in str(caught.value)
+
+
+def test_before_it_begins_a_fused_update_is_redone_and_becomes_deferred(
+    tiny: Callable[..., object], reference: Callable[..., Result]
+) -> None:
+    got = train(tiny(*CALM, "memory.update.G=fused"), (forward_of("G"), Fault(phase="G", at=(1, 2))))
+    assert [line.split(": ", 1)[1] for line in got.said] == [
+        "activations.G: keep -> recompute; the step is done again",
+        "update.G: fused -> deferred; the step is done again",
+    ]
+    assert_same(got, reference("memory.update.G=fused"))
+
+
+def test_one_of_several_processes_refuses(tmp_path: Path) -> None:
+    """The others wait for it: an error, and not a deadlock."""
+    script = tmp_path / "train_with_a_fault.py"
+    script.write_text(
+        "import sys, torch\n"
+        "from lowvram import Trainer, load_recipe\n"
+        "trainer = Trainer(load_recipe('faces32', sys.argv[1:]))\n"
+        "def fault(*_):\n"
+        f"    raise torch.OutOfMemoryError({MESSAGE!r})\n"
+        "if trainer.rank == 1:\n"
+        "    trainer.task.D.register_forward_hook(fault)\n"
+        "trainer.fit()\n"
+    )
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    done = subprocess.run(
+        [*launch, *TINY, "out=run", "kimg=0.016"],
+        cwd=tmp_path, env=environment(ACCELERATE_USE_CPU="true"), capture_output=True, text=True, timeout=120,
+        check=False, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert f"out of memory in phase G ({WANTED}) in one of 2 processes" in done.stderr
+    assert "Go on from the last checkpoint with a smaller micro_batch.G" in done.stderr
+
+
+# Plain modules under a policy, without the trainer.
+
+
+def train_unet(
+    policy: MemoryPolicy, strike: Callable[[Applied], object] | None = None, **changes: object
+) -> dict[str, Tensor]:
+    """Three steps of the small UNet, the first of them before the fault; its weights and optimizer state."""
+    network = unet()
+    phase = noise_phase(network, **changes)
+    if "optimizer" in changes:
+        phase.optimizer = changes["optimizer"](network.parameters())
+    applied = apply(policy, [phase], device="cpu", seed=3)
+    said: list[str] = []
+    rescue = Rescue(applied, phase.networks, said.append)
+    for index, images in enumerate(pictures(3)):
+        if index == 1 and strike is not None:
+            strike(applied)
+        loss, _ = rescue.redo(phase, partial(gradients_of, applied, phase, images, index))
+        rescue.resume(phase, partial(applied.update, phase, loss))
+    rescue.again("settling", applied.settle)
+    assert len(said) == (strike is not None)
+    tensors = {key: tensor.detach().float() for key, tensor in network.state_dict().items()}
+    return tensors | {f"optimizer {k}": t.float() for k, t in applied.updater(phase).state()[0].items()}
+
+
+def gradients_of(applied: Applied, phase: Any, images: Tensor, index: int) -> tuple[Tensor, dict[str, Tensor]]:
+    labels, positions = torch.full((BATCH,), -1), torch.arange(BATCH) + index * BATCH
+    with applied.running(phase):
+        return applied.accumulate(phase, phase.micro_batches(images, labels, positions, index * BATCH, 0))
+
+
+def unet_policy(precision: str = "fp32", **optimizer: object) -> MemoryPolicy:
+    """With the smallest micro-batch, so that to do a step again changes no order of additions."""
+    optimizers = {"denoise": OptimizerPolicy(**optimizer)}
+    return MemoryPolicy(precision=precision, phases={"denoise": PhasePolicy(micro_batch=1)}, optimizers=optimizers)
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        unet_policy(weights_dtype="bf16", state="host"),
+        unet_policy(weights_dtype="bf16", update="deferred", weights="stream"),
+    ],
+    ids=["resident", "streamed"],
+)
+def test_bf16_weights_whose_rounding_ran_out_of_memory(policy: MemoryPolicy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step is done and the rounding is left: neither may be lost, and the random numbers are the same."""
+    fault = Fault(at=(30,))
+    got = train_unet(
+        policy,
+        lambda _: monkeypatch.setattr(optimizers, "stochastic_round_", fault.before(optimizers.stochastic_round_)),
+    )
+    assert fault.raised == 1
+    assert largest_difference(got, train_unet(policy)) == 0
+
+
+def test_an_adafactor_that_stops_midway_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It allocates between its first and its last change."""
+    fault = Fault(at=(20,))
+    got = train_unet(
+        unet_policy(kind="adafactor"),
+        lambda _: monkeypatch.setattr(optimizer_classes, "_adafactor", fault.before(optimizer_classes._adafactor)),
+    )
+    assert fault.raised == 1
+    assert largest_difference(got, train_unet(unet_policy(kind="adafactor"))) == 0
+
+
+class Momentum(torch.optim.Optimizer):
+    """Moves one weight after the other, and may be struck in between."""
+
+    strike: Callable[[], None] = staticmethod(lambda: None)
+
+    def __init__(self, params: Any, lr: float = 1e-3) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for param in self.param_groups[0]["params"]:
+            state = self.state[param]
+            state["sum"] = state.get("sum", torch.zeros_like(param)).add_(param.grad)
+            self.strike()
+            param.sub_(state["sum"], alpha=self.param_groups[0]["lr"])
+
+
+def test_nor_does_an_optimizer_of_another_class_change_weights_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    fault = Fault(at=(50,))
+    got = train_unet(MemoryPolicy(), lambda _: monkeypatch.setattr(Momentum, "strike", fault), optimizer=Momentum)
+    assert fault.raised == 1
+    assert largest_difference(got, train_unet(MemoryPolicy(), optimizer=Momentum)) == 0
+
+
+def test_a_loss_scale_grows_once_for_each_step() -> None:
+    """A decision has to wait for the update before it, of blocks that were not used since: it may fail there."""
+
+    def run(fault: Fault) -> tuple[dict[str, Any], list[Tensor]]:
+        phase = noise_phase(unet())
+        applied = apply(unet_policy("fp16", update="deferred", weights="stream"), [phase], device="cpu")
+        updater = applied.updater(phase)
+        assert updater.scale is not None
+        updater.scale.growth_every = 2
+        block, rest = next(iter(updater.buckets.values())), updater.buckets["rest"]
+        block.parts[0].optimizer.register_step_pre_hook(fault)
+        rescue = Rescue(applied, phase.networks, lambda _: None)
+        for buckets in ([block, rest], [rest], [rest]):  # those that get gradients
+            for param in (param for bucket in buckets for param in bucket.params):
+                updater._send_to_host(param, torch.full_like(param, 0.5))
+            rescue.resume(phase, partial(applied.update, phase, torch.tensor(1.0)))
+        applied.settle()
+        return updater.scale.state(), [param.detach().clone() for param in updater.params]
+
+    fault = Fault()
+    (got, weights), (wanted, wanted_weights) = run(fault), run(Fault(at=()))
+    assert fault.raised == 1
+    assert got == wanted
+    assert all(torch.equal(one, other) for one, other in zip(weights, wanted_weights, strict=True))
+
+
+def test_an_average_that_stops_midway_goes_on_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of bf16 weights, one is brought to fp32 at a time."""
+
+    def run(fault: Fault) -> list[Tensor]:
+        torch.manual_seed(0)
+        source, target = nn.Linear(4, 4).to(torch.bfloat16), nn.Linear(4, 4)
+        average = ExponentialMovingAverage(source, target, half_life_kimg=0.01, rampup=None)
+        phase = noise_phase(source, samples=1)
+        rescue = Rescue(apply(MemoryPolicy(), [phase], device="cpu"), [source], lambda _: None)
+        move = average._scratch.bring
+
+        def bring(wanted: Any) -> Iterator[Tensor]:
+            for new in move(wanted):
+                fault()
+                yield new
+
+        monkeypatch.setattr(average._scratch, "bring", bring)
+        for images_seen in (8, 16):
+            rescue.again("the average", partial(average.update, images_seen, 8))
+        return list(target.parameters())
+
+    fault = Fault(at=(2, 4))
+    assert all(torch.equal(one, other) for one, other in zip(run(fault), run(Fault(at=())), strict=True))
+    assert fault.raised == 2
+
+
+# Sampling and evaluation.
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
+    out = tmp_path_factory.mktemp("sampled") / "run"
+    return Trainer(load_recipe("faces32", [*TINY, f"out={out}", "data.mirror=false"]), quiet=True).task
+
+
+def more_than(most: int) -> Callable[..., None]:
+    """A hook that strikes where a module makes more than so many images at a time."""
+
+    def hook(_module: nn.Module, _inputs: object, output: Tensor) -> None:
+        if len(output) > most:
+            raise torch.OutOfMemoryError(MESSAGE)
+
+    return hook
+
+
+@pytest.fixture
+def small_card(task: Task) -> Iterator[Task]:
+    """A task that can make two images at a time."""
+    handle = task.networks["G_ema"].synthesis.register_forward_hook(more_than(2))
+    yield task
+    handle.remove()
+
+
+def same_images(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and int((one.int() - other.int()).abs().max()) <= 1
+
+
+def test_the_trainer_samples_in_smaller_slices(tiny: Callable[..., object]) -> None:
+    trainer = Trainer(tiny(), quiet=True)
+    said: list[str] = []
+    trainer.rescue.say = said.append
+    wanted = trainer.sample(11, seed=4)
+    handle = trainer.task.G_ema.synthesis.register_forward_hook(more_than(2))
+    assert same_images(trainer.sample(11, seed=4), wanted)
+    assert said[-1] == f"out of memory in sampling ({WANTED}): 2 at a time from here on"
+    said.clear()
+    assert same_images(trainer.sample(11, seed=4, micro_batch=5), wanted)
+    assert [line.split("): ")[1] for line in said] == ["2 at a time from here on"]
+    handle.remove()
+    trainer.task.G_ema.synthesis.register_forward_hook(more_than(0))
+    with pytest.raises(LowVRAMError, match=rf"out of memory in sampling \({WANTED}\)[^$]*GB would do"):
+        trainer.sample(3)
+
+
+def test_the_sample_command_goes_on_with_fewer_at_a_time(small_card: Task, capsys: pytest.CaptureFixture[str]) -> None:
+    batches = list(sample_batches(small_card, 11, 4, batch=8))
+    assert [len(batch) for batch in batches] == [8, 3]
+    assert capsys.readouterr().err.count("out of memory in sampling") == 2  # 8 -> 4 -> 2, and 2 from then on
+    assert same_images(torch.cat(batches), small_card.sample(11, 4, micro_batch=2))
+
+
+def test_an_animation_goes_on_where_it_was(small_card: Task, capsys: pytest.CaptureFixture[str]) -> None:
+    options = {"keyframes": 2, "frames_per_keyframe": 2, "rows": 2, "cols": 2}
+    wanted = torch.stack(list(small_card.interpolate(3, micro_batch=2, **options)))
+    frames = list(all_frames(small_card, 3, walks=4, micro_batch=None, **options))
+    assert same_images(torch.stack(frames), wanted)
+    assert "out of memory in the animation" in capsys.readouterr().err
+
+    late = Fault(at=(5,))  # in the third frame, of two slices each
+    handle = small_card.networks["G_ema"].synthesis.register_forward_hook(late)
+    frames = list(all_frames(small_card, 3, walks=4, micro_batch=2, **options))
+    handle.remove()
+    assert same_images(torch.stack(frames), wanted)
+    assert late.raised == 1
+
+
+class Means:
+    """Features without a network: an image's mean colour, and that of a corner."""
+
+    name, version, dim = "means", "1", 6
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.sizes: list[int] = []
+
+    def __call__(self, images: Tensor) -> Tensor:
+        if len(images) > self.most:
+            raise torch.OutOfMemoryError(MESSAGE)
+        self.sizes.append(len(images))
+        return torch.cat([images.float().mean((2, 3)), images[:, :, :4, :4].float().mean((2, 3))], dim=1)
+
+
+def test_evaluation_goes_on_with_fewer_at_a_time(
+    task: Task, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def measure(most: int, folder: str) -> tuple[dict[str, float], Means]:
+        monkeypatch.setenv("LOWVRAM_CACHE", str(tmp_path / folder))
+        extractor = Means(most)
+        monkeypatch.setattr(evaluation, "EfficientNetLite0", lambda device, size: extractor)
+        result = evaluate(task, n=40, metrics=["frechet", "precision_recall"], progress=False)
+        return {**result.values, **{f"floor {k}": v for k, v in result.floor.items()}}, extractor
+
+    wanted, whole = measure(1000, "a")
+    assert set(whole.sizes) == {40} and "out of memory" not in capsys.readouterr().err
+    handle = task.networks["G_ema"].synthesis.register_forward_hook(more_than(2))
+    got, sliced = measure(12, "b")
+    handle.remove()
+    assert got == pytest.approx(wanted, rel=1e-2)  # a pixel may round the other way
+    assert set(sliced.sizes) == {10} and sum(sliced.sizes) == 80
+    said = capsys.readouterr().err
+    assert said.count("out of memory in taking features") == 2  # 40 -> 20 -> 10
+    assert "out of memory in sampling" in said
+    with pytest.raises(LowVRAMError, match="out of memory in taking features"):
+        measure(0, "c")

@@ -13,6 +13,7 @@ activations.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -167,23 +168,29 @@ class Applied:
             updater.flush()
 
     def change(self, policy: MemoryPolicy) -> None:
-        """Go on under another policy: micro-batches, activations, optimizer state and averages may differ."""
+        """Go on under another policy: micro-batches, activations, updates, the places of state and averages may differ."""
         changed = [n for n in self.updaters if policy.optimizer(n) != self.policy.optimizer(n)]
         for name in changed:
-            if replace(policy.optimizer(name), state="device") != replace(self.policy.optimizer(name), state="device"):
+            was = self.policy.optimizer(name)
+            if replace(policy.optimizer(name), state=was.state, update=was.update) != was:
                 raise LowVRAMError(
-                    f"a running training can change only the place of {name}'s state.", "Resume instead."
+                    f"of the optimizer {name} a running training can change the update and the state's place only.",
+                    "Stop, and resume with the other settings.",
                 )
-        saved = {name: self.updaters[name].state() for name in changed}
-        for name in changed:
-            self.updaters.pop(name).close()
+        saved = {name: self._taken_apart(name) for name in changed}
         self.policy = policy
         for name, (tensors, numbers) in saved.items():
-            on_host = {key: tensor.cpu() for key, tensor in tensors.items()}
             self.updaters[name] = self._make_updater(name)
-            self.updaters[name].load_state(on_host, numbers)
+            self.updaters[name].load_state(tensors, numbers)
         self._place_averages()
         self._set_micro_batches()
+
+    def _taken_apart(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """An updater's state on the host; the updater is gone, and with it what it held on the device."""
+        updater = self.updaters.pop(name)
+        tensors, numbers = updater.state()
+        updater.close()
+        return {key: tensor.cpu() for key, tensor in tensors.items()}, numbers
 
     @contextmanager
     def averages_on_device(self) -> Iterator[None]:

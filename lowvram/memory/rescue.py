@@ -57,7 +57,8 @@ class Rescue:
             if found is None:
                 raise given_up(where, failure, self.applied.device, reserved_bytes)
             policy, what = found
-            self.again(where, self.applied.settle)  # a change of policy does, and can't be called again
+            if policy.optimizers != self.applied.policy.optimizers:
+                self.again(where, self.applied.settle)  # `change` would, and it can't be called again
             self.applied.change(policy)
             self.say(f"out of memory in {where} ({wanted_in_words(failure)}): {what}; the step is done again")
             return True

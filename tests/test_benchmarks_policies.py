@@ -1,0 +1,127 @@
+"""The benchmark of policies on a tiny recipe: what it counts, and that traced and real counts are one."""
+
+import functools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import TINY
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from benchmarks import policies, policy_sets, workloads
+from benchmarks.account import Account, reserved_bytes
+from lowvram import load_recipe
+from lowvram.errors import LowVRAMError
+
+MIB = 2**20
+SMALL_UNET = {
+    "sample_size": 8,
+    "block_out_channels": (32, 64),
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "cross_attention_dim": 16,
+}
+
+
+def test_the_log_tells_who_holds_the_peak_and_what_was_reserved():
+    with Account() as account:
+        begin = len(account.log)
+        x = torch.zeros(4 * MIB)  # 16 MiB of float32
+        account.call("x", x)
+        y = x + 1
+        del y
+        z = x + 2  # where y was
+        account.call("z", z)
+    held = dict(account.holders(begin, len(account.log)))
+    assert held["x"] == 16 * MIB and sum(held.values()) == account.peak_bytes == 32 * MIB
+    assert reserved_bytes(account.log) == 32 * MIB
+    with account:
+        account.empty_cache()
+        small = torch.zeros(10)
+    assert reserved_bytes(account.log) == 32 * MIB + 2 * MIB
+    assert small.numel() and z.numel()
+
+
+def test_arithmetic_and_copies_to_the_host_are_counted():
+    from lowvram.memory import host
+
+    with Account() as account:
+        a = torch.ones(8, 16)
+        account.flops = 0
+        a @ a.T
+        assert account.flops == 2 * 8 * 16 * 8
+        copy = host.copy_of(a)
+        host.device_copy(copy, a.device)
+    assert account.host_bytes == 2 * a.nbytes
+
+
+def test_traced_is_what_is_counted_on_real_tensors_and_savings_show():
+    settings = [*TINY, "augment.p=1", "out=unused", "precision=fp32"]
+    only = ["plain", "recompute", "offload R1 and path length"]
+    real = policies.compare(
+        policies.builders("faces32", settings, only[:1], traced=False), steps=1, rounds=1, traced=False
+    )
+    built = policies.builders("faces32", settings, only, traced=True)
+    traced = policies.compare(built, steps=1, rounds=1, traced=True)
+    plain, recomputed, offloaded = (traced["policies"][name] for name in only)
+    measured = real["policies"]["plain"]
+    assert measured["peak_bytes"] == pytest.approx(plain["peak_bytes"], rel=0.1)  # memory formats are a GPU's
+    assert measured["seconds_per_step"] > 0 and "seconds_per_step" not in plain
+    assert plain["host_bytes"] == 0 < offloaded["host_bytes"]
+    assert plain["flops_per_step"] < recomputed["flops_per_step"]
+    assert offloaded["phases"]["R1"]["peak_bytes"] < plain["phases"]["R1"]["peak_bytes"]
+    assert recomputed["phases"]["D"]["peak_bytes"] < plain["phases"]["D"]["peak_bytes"]
+    for result in (real, traced):
+        assert "plain" in policies.table({"workload": "tiny", **result})
+        json.dumps(result)
+
+
+def test_an_average_on_the_host_is_not_counted():
+    only = ["plain", "average on the host"]
+    built = policies.builders("faces32", [*TINY, "out=unused"], only, traced=True)
+    plain, moved = (policies._counted(build, traced=True)["resident_bytes"] for build in built.values())
+    assert moved < plain
+
+
+def test_the_unet_runs_traced_and_streaming_saves_its_weights() -> None:
+    pytest.importorskip("diffusers")
+    pytest.importorskip("bitsandbytes")
+    peaks = []
+    for name in ("resident", "streamed"):
+        policy = policy_sets.sd15(2)[name]
+        build = functools.partial(workloads.sd15, batch=2, **policy, **SMALL_UNET)
+        peaks.append(policies._counted(build, traced=True)["phases"]["denoise"]["peak_bytes"])
+    assert 0 < peaks[1] < peaks[0]
+
+
+def test_the_unet_is_of_the_size_of_stable_diffusion():
+    diffusers = pytest.importorskip("diffusers")
+    with FakeTensorMode():
+        network = diffusers.UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
+    assert sum(p.numel() for p in network.parameters()) == workloads.SD15_PARAMETERS
+
+
+def test_sets_respect_the_groups_of_the_discriminator():
+    for recipe, batch in (("faces256", 16), ("faces1024", 4)):
+        settings = load_recipe(recipe, [f"batch={batch}", "out=unused"])
+        sets = policy_sets.stylegan2(settings)
+        for name in ("half micro-batches", "leaner", "leanest"):
+            load_recipe(recipe, [f"batch={batch}", "out=unused", *sets[name]])
+    with pytest.raises(LowVRAMError, match="not known"):
+        policy_sets.pick({"plain": 1}, ["plane"])
+
+
+def test_the_command_writes_json(tmp_path: Path) -> None:
+    out = tmp_path / "result.json"
+    words = ["recipe=faces32", *TINY, "--only", "plain,lean", "--steps", "1", "--rounds", "1", "--json", str(out)]
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.policies", *words], cwd=root, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(out.read_text())
+    assert set(result["policies"]) == {"plain", "lean"} and result["traced"] is False
+    assert "plain" in done.stdout
