@@ -53,6 +53,10 @@ def sd15(batch: int) -> dict[str, dict[str, Any]]:
         "bf16 weights": {"optimizer": {"weights_dtype": "bf16"}},
         "bf16 weights 8-bit": {"optimizer": narrow},
         "resident": {"phase": recompute, "optimizer": {**narrow, "update": "fused"}},
+        "resident micro-batches": {
+            "phase": {**recompute, "micro_batch": max(1, batch // 2)},
+            "optimizer": {**narrow, "update": "deferred"},
+        },
         "streamed": {"optimizer": {**narrow, "update": "fused", "weights": "stream"}},
         "streamed deferred": {"optimizer": {**narrow, "update": "deferred", "weights": "stream"}},
         "streamed micro-batches": {

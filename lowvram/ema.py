@@ -26,27 +26,37 @@ class ExponentialMovingAverage:
         self.half_life_kimg = half_life_kimg
         self.rampup = rampup
         self._scratch = _Scratch()
+        self._moved: set[nn.Parameter] = set()  # by an update that was interrupted
+        self._moved_at = -1  # the images seen by then
 
     @torch.no_grad()
     def update(self, images_seen: int, batch: int) -> None:
         """Move the average towards the source, after a step of `batch` images that made `images_seen` of them.
 
+        Interrupted (out of memory) and called again for the same images, it goes on where it was.
         With sharded parameters every process must call it, as each is gathered from all of them.
         """
         half_life_images = self.half_life_kimg * 1000
         if self.rampup is not None:
             half_life_images = min(half_life_images, images_seen * self.rampup)
         beta = 0.5 ** (batch / max(half_life_images, 1e-8))
-        pairs = list(zip(self.target.parameters(), self.source.parameters(), strict=True))
+        if self._moved_at != images_seen:
+            self._moved.clear()
+        self._moved_at = images_seen
+        both = zip(self.target.parameters(), self.source.parameters(), strict=True)
+        pairs = [(kept, new) for kept, new in both if kept not in self._moved]
         beside = [(kept, new) for kept, new in pairs if _beside(kept, new)]
         apart = [(kept, new) for kept, new in pairs if not _beside(kept, new)]
         if beside:
             torch._foreach_lerp_([kept for kept, _ in beside], [new for _, new in beside], 1 - beta)
+            self._moved.update(kept for kept, _ in beside)
         brought = self._scratch.bring([(new, kept.device) for kept, new in apart])
         for (kept, _), new in zip(apart, brought, strict=True):
             kept.lerp_(new.to(kept.dtype), 1 - beta)
+            self._moved.add(kept)
         for buffer, current in zip(self.target.buffers(), self.source.buffers(), strict=True):
             buffer.copy_(current)
+        self._moved.clear()
 
 
 class _Scratch:

@@ -73,7 +73,6 @@ def test_traced_is_what_is_counted_on_real_tensors_and_savings_show():
     assert plain["host_bytes"] == 0 < offloaded["host_bytes"]
     assert plain["flops_per_step"] < recomputed["flops_per_step"]
     assert offloaded["phases"]["R1"]["peak_bytes"] < plain["phases"]["R1"]["peak_bytes"]
-    assert recomputed["phases"]["D"]["peak_bytes"] < plain["phases"]["D"]["peak_bytes"]
     for result in (real, traced):
         assert "plain" in policies.table({"workload": "tiny", **result})
         json.dumps(result)

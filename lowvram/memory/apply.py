@@ -26,6 +26,7 @@ from lowvram.memory.check import check
 from lowvram.memory.ladder import PhaseFacts
 from lowvram.memory.offload import ActivationOffload
 from lowvram.memory.policy import MemoryPolicy
+from lowvram.memory.recovery import free_memory
 from lowvram.memory.stream import BlockStream
 from lowvram.memory.update import Outcome, Updater
 from lowvram.phase import MicroBatch, Phase
@@ -168,7 +169,7 @@ class Applied:
             updater.flush()
 
     def change(self, policy: MemoryPolicy) -> None:
-        """Go on under another policy: micro-batches, activations, updates, the places of state and averages may differ."""
+        """Go on under another policy, whose micro-batches, activations, updates and places of state may differ."""
         changed = [n for n in self.updaters if policy.optimizer(n) != self.policy.optimizer(n)]
         for name in changed:
             was = self.policy.optimizer(name)
@@ -177,9 +178,10 @@ class Applied:
                     f"of the optimizer {name} a running training can change the update and the state's place only.",
                     "Stop, and resume with the other settings.",
                 )
-        saved = {name: self._taken_apart(name) for name in changed}
         self.policy = policy
-        for name, (tensors, numbers) in saved.items():
+        for name in changed:
+            tensors, numbers = self._taken_apart(name)
+            free_memory(self.device)  # the old state's, before the new one's is made
             self.updaters[name] = self._make_updater(name)
             self.updaters[name].load_state(tensors, numbers)
         self._place_averages()

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lowvram import seeded
 from lowvram.memory import host, optimizers
+from lowvram.memory.policy import BITSANDBYTES
 
 
 class Part:
@@ -43,7 +44,9 @@ class Part:
         self._stepped = False
         # Before any hook of others: what they raise must not make an applied step look like one to repeat.
         self.optimizer.register_step_post_hook(lambda *_: setattr(self, "_stepped", True))
-        self._may_stop_midway = kind == "adafactor"  # the others allocate nothing between their first and last write
+        # Kernels of a whole step allocate nothing between their first and last write.
+        whole = self.optimizer.param_groups[0].get("fused") or optimizers.kind_of(self.optimizer) in BITSANDBYTES
+        self._may_stop_midway = not whole
         self._host_state: list[Tensor] | None = [] if state_on_host else None
         self._empty_shells()
         self._download()
@@ -54,23 +57,21 @@ class Part:
 
         seed, count: root of the rounding's random numbers, and the number of updates before this one.
         """
-        if self._stepped:  # by a call that something interrupted just after
-            self._stepped = False
-            return
-        for shell, param, grad in zip(self.shells, self.params, grads, strict=True):
-            if self.narrow:
-                shell.data = param.detach().float()
-            shell.grad = None if grad is None else self._scaled(grad, factor, shell.dtype)
+        theirs = [shell.grad for shell in self.shells]
         try:
-            self._upload()
-            self._inner_step()
-        finally:
-            if self._stepped:
-                self._round(seed, count)
-            self._download()
-            for shell in self.shells:
-                shell.grad = None
-            self._empty_shells()
+            if not self._stepped:  # else a call that something interrupted after the step goes on
+                for shell, param, grad in zip(self.shells, self.params, grads, strict=True):
+                    if self.narrow:
+                        shell.data = param.detach().float()
+                    shell.grad = None if grad is None else self._scaled(grad, factor, shell.dtype)
+                self._upload()
+                self._inner_step()
+            self._round(seed, count)  # done again, it draws the same numbers
+        except BaseException:
+            if not self._stepped:  # the gradients are needed for another try
+                self._put_away(theirs)
+            raise
+        self._put_away([None] * len(self.shells))
         self._stepped = False
 
     def adopt_state(self) -> None:
@@ -78,6 +79,13 @@ class Part:
         if self._host_state is not None:
             self._host_state = []
             self._download()
+
+    def _put_away(self, grads: Sequence[Tensor | None]) -> None:
+        """Leave state and stand-ins as between steps, and these gradients."""
+        self._download()
+        for shell, grad in zip(self.shells, grads, strict=True):
+            shell.grad = grad
+        self._empty_shells()
 
     def _inner_step(self) -> None:
         if not self._may_stop_midway:

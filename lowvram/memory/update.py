@@ -211,6 +211,7 @@ class Updater:
         return outcome
 
     def _decide(self, loss: Tensor, clip_norm: float | None) -> Outcome:
+        self._apply_all()  # what an earlier update left to blocks not used since; first, as memory may run out in it
         norm = self._total_norm()
         loss_value, norm_value = _values(torch.stack([loss, norm.to(loss)]))
         scale = 1.0 if self.scale is None else self.scale.scale
@@ -237,7 +238,6 @@ class Updater:
         return Outcome(loss=loss_value, norm=norm_value, applied=True, finite=True)
 
     def _plan(self, factor: float, params: frozenset[nn.Parameter]) -> None:
-        self._apply_all()  # what an earlier update left to blocks that were not used since
         self._pending = Pending(factor=factor, count=self.count, params=params, left=dict(self.buckets))
 
     def flush(self) -> None:
