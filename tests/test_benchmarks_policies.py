@@ -19,6 +19,7 @@ from lowvram.errors import LowVRAMError
 MIB = 2**20
 SMALL_UNET = {
     "sample_size": 8,
+    "layers_per_block": 1,
     "block_out_channels": (32, 64),
     "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
     "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
