@@ -96,14 +96,17 @@ class _BiasAct(torch.autograd.Function):
         g = _BiasActGrad.apply(unclamped, y, act, gain, clamp)  # by the argument of the activation
         wide = torch.promote_types(g.dtype, torch.float32)  # a half-width sum over B*H*W loses the small terms
         dx = db = dscale = dnoise = None
-        if needs_x:
-            dx = g if scale is None else g * scale[:, :, None, None]
         if needs_scale:
             dscale = _scale_grad(unclamped, g, y, b, scale, noise)
+        del unclamped, dy  # maps as large as y, of which few should be alive at a time
         if needs_b:
             db = g.sum([i for i in range(g.ndim) if i != 1], dtype=wide).to(b.dtype)
         if needs_noise:
             dnoise = g.sum(1, keepdim=True, dtype=wide).sum_to_size(noise.shape).to(noise.dtype)
+        if needs_x and scale is None:
+            dx = g
+        elif needs_x:  # g is this function's own, unless a second derivative will want it
+            dx = g * scale[:, :, None, None] if torch.is_grad_enabled() else g.mul_(scale[:, :, None, None])
         return dx, db, dscale, dnoise, None
 
 
@@ -116,7 +119,10 @@ def _scale_grad(
     unclamped: dy, zero where y is clamped.
     """
     wide = torch.promote_types(g.dtype, torch.float32)
-    total = (unclamped * y).sum((2, 3), dtype=wide)  # [N, C]
+    if torch.is_grad_enabled() or not len(y):
+        total = (unclamped * y).sum((2, 3), dtype=wide)  # [N, C]
+    else:  # sample by sample: the product of two whole maps would be a third, for the sake of [N, C] numbers
+        total = torch.stack([(u * v).sum((1, 2), dtype=wide) for u, v in zip(unclamped, y, strict=True)])
     if noise is not None:
         noise = noise.to(g.dtype).expand(len(g), 1, *g.shape[2:])
         total = total - torch.bmm(g.flatten(2), noise.flatten(2).transpose(1, 2))[:, :, 0]
