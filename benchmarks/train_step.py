@@ -19,6 +19,7 @@ import torch
 
 from lowvram import load_recipe
 from lowvram.config import report_errors
+from lowvram.launch import prefer_huge_pages
 from lowvram.memory.guard import resident_peak_bytes
 from lowvram.phase import Phase
 from lowvram.trainer import Trainer
@@ -114,6 +115,7 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--json", type=Path, help="write the result there too")
     options = parser.parse_args()
+    prefer_huge_pages()  # as the train command does
     recipe = next((s.removeprefix("recipe=") for s in options.settings if s.startswith("recipe=")), "faces32")
     overrides = [s for s in options.settings if not s.startswith("recipe=")]
 

@@ -21,6 +21,14 @@ def start_missing_processes() -> None:
     os.execvpe(sys.executable, [*torchrun, "-m", "lowvram.train", *sys.argv[1:]], environment)
 
 
+def prefer_huge_pages() -> None:
+    """Let torch's CPU allocator ask for huge pages, unless the user decided: a tenth less time on a CPU (see the log).
+
+    To be called before torch allocates anything.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+
 def _processes_asked_for() -> int:
     """N of the `accelerate launch` above this process, where it started only this one; otherwise 1."""
     by_accelerate = "ACCELERATE_DYNAMO_BACKEND" in os.environ and "MASTER_PORT" in os.environ

@@ -28,6 +28,7 @@ def main() -> None:
     if any(a in ("-h", "--help") for a in arguments):
         print(config.train_help())
         return
+    launch.prefer_huge_pages()
     launch.start_missing_processes()
     config.report_errors(lambda: _hydra(arguments), arguments)
 
