@@ -32,7 +32,7 @@ from lowvram.tasks import build_task, load_network, pick_device
 
 
 class NonFiniteError(LowVRAMError):
-    """A loss or gradient became NaN or infinite. Nothing of the step was applied or saved."""
+    """A loss or gradient became NaN or infinite. Nothing of the step was saved, nor applied (unless update=fused)."""
 
 
 @dataclass(kw_only=True)

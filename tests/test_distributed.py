@@ -3,12 +3,15 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 from commands import environment, run
 from safetensors.torch import load_file
+from seeds import for_one_of_the_seeds
 from tiny import TINY
 
 from lowvram import checkpoint
@@ -31,23 +34,36 @@ def launch(cwd: Path, *words: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run of a single process."""
-    folder = tmp_path_factory.mktemp("alone")
-    alone = run("lowvram.train", *WORDS, "out=one", cwd=folder)
-    assert alone.returncode == 0, alone.stderr
-    return folder / "one"
+def one(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """The run of a single process, by seed."""
+
+    @cache
+    def make(seed: int) -> Path:
+        folder = tmp_path_factory.mktemp("alone")
+        alone = run("lowvram.train", *WORDS, f"seed={seed}", "out=one", cwd=folder)
+        assert alone.returncode == 0, alone.stderr
+        return folder / "one"
+
+    return make
 
 
 @pytest.mark.parametrize("policy", [[], ["memory.fsdp=offload"], ["memory.update.D=deferred", "memory.ema=host"]])
-def test_two_processes_train_as_one(policy: list[str], one: Path, tmp_path: Path) -> None:
-    two = launch(tmp_path, *WORDS, *policy, "out=two")
-    assert two.returncode == 0, two.stdout + two.stderr
+def test_two_processes_train_as_one(policy: list[str], one: Callable[[int], Path], tmp_path: Path) -> None:
+    def check(seed: int) -> None:
+        two = launch(tmp_path, *WORDS, *policy, f"seed={seed}", f"out=two{seed}")
+        assert two.returncode == 0, two.stdout + two.stderr
+        compare(one(seed), tmp_path / f"two{seed}")
+
+    for_one_of_the_seeds(check)
+
+
+def compare(one: Path, two: Path) -> None:
+    """The same losses, networks and optimizer states, but for the order of additions."""
     expected = losses(one)
     assert len(expected) == 6
-    for a, b in zip(losses(tmp_path / "two"), expected, strict=True):
+    for a, b in zip(losses(two), expected, strict=True):
         assert a == pytest.approx(b, rel=1e-4, abs=1e-5)
-    newest = [checkpoint.latest_good(folder / "checkpoints") for folder in (one, tmp_path / "two")]
+    newest = [checkpoint.latest_good(folder / "checkpoints") for folder in (one, two)]
     assert newest[0] is not None
     assert newest[1] is not None
     for file in ("G", "D", "G_ema", "task", "optimizer_G", "optimizer_D"):
