@@ -122,6 +122,7 @@ CLAIMS = {
     "lion8bit": (policy(kind="lion8bit"), PLAIN, int(1.6 * IN_BLOCKS_BYTES)),
     "adafactor": (policy(kind="adafactor"), PLAIN, int(1.6 * IN_BLOCKS_BYTES)),
     "bf16 weights": (policy(weights_dtype="bf16"), PLAIN, int(0.8 * WEIGHT_BYTES)),
+    "bf16 autocast": (MemoryPolicy(precision="bf16"), PLAIN, BLOCKS * ACTIVATION_BYTES),
     # Of weights, gradients and moments two blocks' weights and one block's rest remain; the base had its last
     # blocks' gradients only.
     "streamed": (
