@@ -63,7 +63,7 @@ class Part:
                 for shell, param, grad in zip(self.shells, self.params, grads, strict=True):
                     if self.narrow:
                         shell.data = param.detach().float()
-                    shell.grad = None if grad is None else self._scaled(grad, factor, shell.dtype)
+                    shell.grad = None if grad is None else _scaled(grad, factor, like=shell)
                 self._upload()
                 self._inner_step()
             self._round(seed, count)  # done again, it draws the same numbers
@@ -111,14 +111,6 @@ class Part:
                 generator = torch.Generator(device=param.device).manual_seed(seeded.mix(seed, count, index))
                 optimizers.stochastic_round_(param, shell.detach(), generator)
 
-    def _scaled(self, grad: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
-        if grad.device != self.device or host.is_host(grad):
-            grad = host.device_copy(grad, self.device, non_blocking=True)
-        elif factor != 1 and grad.dtype == dtype:
-            grad = grad.clone()  # the caller's own stays as it is, for a second attempt
-        grad = grad.to(dtype)
-        return grad if factor == 1 else grad.mul_(factor)
-
     def _empty_shells(self) -> None:
         if self.narrow:
             for shell in self.shells:
@@ -143,6 +135,16 @@ class Part:
         assert self._host_state is not None
         self._host_state.append(copy)
         return copy
+
+
+def _scaled(grad: Tensor, factor: float, *, like: Tensor) -> Tensor:
+    """factor * grad where `like` is: on the device, or on the host for what FSDP2 keeps there."""
+    if grad.device != like.device or host.is_host(grad):
+        grad = host.device_copy(grad, like.device, non_blocking=True)
+    elif factor != 1 and grad.dtype == like.dtype:
+        grad = grad.clone()  # the caller's own stays as it is, for a second attempt
+    grad = grad.to(like.dtype)
+    return grad if factor == 1 else grad.mul_(factor)
 
 
 def _cloned(state: dict[str, Any]) -> dict[str, Any]:
