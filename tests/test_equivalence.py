@@ -341,8 +341,8 @@ def test_settings_that_exclude_each_other_are_both_named(
             ("fsdp", "deferred"),
         ),
         (lambda: MemoryPolicy(precision="fp16", optimizers={"G": OptimizerPolicy(update="fused")}), ("fp16", "fused")),
-        (lambda: OptimizerPolicy(weights="stream"), ("stream", "update=after")),
-        (lambda: OptimizerPolicy(kind="paged_adam", state="host"), ("paged_adam", "state=host")),
+        (lambda: policy(weights="stream"), ("memory.weights.denoise=stream", "memory.update.denoise=after")),
+        (lambda: policy(kind="paged_adam", state="host"), ("paged_adam", "memory.state.denoise=host")),
     ],
 )
 def test_policies_that_contradict_themselves_are_refused(make: Callable[[], object], names: tuple[str, ...]) -> None:

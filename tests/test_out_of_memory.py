@@ -402,14 +402,14 @@ def test_the_whole_ladder_and_its_end(phase: str, tiny: Callable[..., object]) -
     with closing(trainer.loader.iterate(0)) as batches, pytest.raises(LowVRAMError) as caught:
         trainer.train_step(next(batches))
     own = {
-        "G": ["micro_batch.G: 8 -> 4", "activations.G: keep -> recompute"],
+        "G": ["micro_batch.G: 8 -> 4", "memory.activations.G: keep -> recompute"],
         "path_length": [
-            "activations.path_length: keep -> offload",
+            "memory.activations.path_length: keep -> offload",
             "micro_batch.path_length: 4 -> 2",
             "micro_batch.path_length: 2 -> 1",
         ],
     }[phase]
-    steps = [*own, "state.G: device -> host", "state.D: device -> host", "ema: device -> host"]
+    steps = [*own, "memory.state.G: device -> host", "memory.state.D: device -> host", "memory.ema: device -> host"]
     where = f"out of memory in phase {phase} ({WANTED})"
     assert said == [f"{where}: {step}; the step is done again" for step in steps]
     problem = str(caught.value)
@@ -428,7 +428,7 @@ def test_an_update_is_tried_again_and_then_given_up(tiny: Callable[..., object])
     where = rf"out of memory in the update of phase G \({WANTED}\)"
     with closing(trainer.loader.iterate(0)) as batches, pytest.raises(LowVRAMError, match=f"{where}, and no thriftier"):
         trainer.train_step(next(batches))
-    assert [line.split("): ")[1] for line in said] == ["caches freed, going on", "ema: device -> host, going on"]
+    assert [line.split("): ")[1] for line in said] == ["caches freed, going on", "memory.ema: device -> host, going on"]
 
 
 def test_a_fused_update_can_not_be_redone_and_says_so(tiny: Callable[..., object]) -> None:
@@ -445,8 +445,8 @@ def test_before_it_begins_a_fused_update_is_redone_and_becomes_deferred(
 ) -> None:
     got = train(tiny(*CALM, "memory.update.G=fused"), (forward_of("G"), Fault(phase="G", at=(1, 2))))
     assert [line.split(": ", 1)[1] for line in got.said] == [
-        "activations.G: keep -> recompute; the step is done again",
-        "update.G: fused -> deferred; the step is done again",
+        "memory.activations.G: keep -> recompute; the step is done again",
+        "memory.update.G: fused -> deferred; the step is done again",
     ]
     assert_same(got, reference("memory.update.G=fused"))
 

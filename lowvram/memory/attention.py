@@ -30,7 +30,7 @@ def using(choice: str, *, second_order: bool = False) -> Iterator[None]:
         LowVRAMError: xformers is missing, or asked for in a phase with second derivatives.
     """
     if choice not in ATTENTION:
-        raise LowVRAMError(f"attention={choice} is not known.", f"Use one of {', '.join(ATTENTION)}.")
+        raise LowVRAMError(f"memory.attention={choice} is not known.", f"Use one of {', '.join(ATTENTION)}.")
     if choice == "sdpa" and not second_order:
         yield
         return
@@ -49,12 +49,14 @@ def check(choice: str, device: torch.device, second_order: bool = False, *, dtyp
     dtype: of the attention's inputs, float16 unless told; xformers is tried with it.
     """
     if choice not in ATTENTION:
-        raise LowVRAMError(f"attention={choice} is not known.", f"Use one of {', '.join(ATTENTION)}.")
+        raise LowVRAMError(f"memory.attention={choice} is not known.", f"Use one of {', '.join(ATTENTION)}.")
     if choice != "xformers":
         return
     _check_first_order(second_order)
     if device.type != "cuda":
-        raise LowVRAMError(f"attention=xformers has no kernel for the {device.type}.", "Use attention=sdpa.")
+        raise LowVRAMError(
+            f"memory.attention=xformers has no kernel for the {device.type}.", "Use memory.attention=sdpa."
+        )
     ops = _xformers_ops()
     probe = _probe(device, dtype)
     try:
@@ -62,9 +64,9 @@ def check(choice: str, device: torch.device, second_order: bool = False, *, dtyp
     except (NotImplementedError, RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise LowVRAMError(
-            f"attention=xformers has no working kernel for {torch.cuda.get_device_name(device)} in {dtype}: "
+            f"memory.attention=xformers has no working kernel for {torch.cuda.get_device_name(device)} in {dtype}: "
             f"{reason[0]}",
-            "Use attention=sdpa.",
+            "Use memory.attention=sdpa.",
         ) from error
 
 
@@ -148,8 +150,8 @@ def _slow_path() -> Iterator[None]:
 def _check_first_order(second_order: bool) -> None:
     if second_order:
         raise LowVRAMError(
-            "attention=xformers in a phase with second derivatives (R1, path length): it has only the first.",
-            "Use attention=sdpa, which takes matrix products there, or attention=math.",
+            "memory.attention=xformers in a phase with second derivatives (R1, path length): it has only the first.",
+            "Use memory.attention=sdpa, which takes matrix products there, or memory.attention=math.",
         )
 
 
@@ -159,14 +161,14 @@ def _xformers_ops() -> ModuleType:
         package, ops = import_module("xformers"), import_module("xformers.ops")
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
         raise LowVRAMError(
-            f"attention=xformers, but xformers can't be imported: {error}.",
-            "pip install xformers, in the version built for this torch; or use attention=sdpa.",
+            f"memory.attention=xformers, but xformers can't be imported: {error}.",
+            "pip install xformers, in the version built for this torch; or use memory.attention=sdpa.",
         ) from error
     library = getattr(package, "_cpp_lib", None)
     failure = getattr(library, "_cpp_library_load_exception", None)
     if failure is not None:  # what then remains of it calls torch's own kernels
         raise LowVRAMError(
-            f"attention=xformers, but its kernels do not load beside torch {torch.__version__}.",
-            "Install the xformers built for this torch, or use attention=sdpa.",
+            f"memory.attention=xformers, but its kernels do not load beside torch {torch.__version__}.",
+            "Install the xformers built for this torch, or use memory.attention=sdpa.",
         ) from failure
     return ops

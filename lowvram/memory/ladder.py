@@ -44,7 +44,7 @@ def _steps(policy: MemoryPolicy, phase: PhaseFacts) -> Iterator[tuple[MemoryPoli
     yield from _offloaded_activations(policy, phase)
     yield from _state_on_the_host(policy, phase)
     if policy.ema == "device":
-        yield replace(policy, ema="host"), "ema: device -> host"
+        yield replace(policy, ema="host"), "memory.ema: device -> host"
 
 
 def _smaller_micro_batch(policy: MemoryPolicy, phase: PhaseFacts, *, least: int) -> Iterator[tuple[MemoryPolicy, str]]:
@@ -84,7 +84,7 @@ def _offloaded_activations(policy: MemoryPolicy, phase: PhaseFacts) -> Iterator[
 
 def _activations(policy: MemoryPolicy, phase: PhaseFacts, now: str, then: str) -> Iterator[tuple[MemoryPolicy, str]]:
     if policy.phase(phase.name).activations == now:
-        yield policy.with_phase(phase.name, activations=then), f"activations.{phase.name}: {now} -> {then}"
+        yield policy.with_phase(phase.name, activations=then), f"memory.activations.{phase.name}: {now} -> {then}"
 
 
 def _recomputes(policy: MemoryPolicy, phase: PhaseFacts) -> bool:
@@ -98,7 +98,7 @@ def _streams(policy: MemoryPolicy, phase: PhaseFacts) -> bool:
 def _deferred_update(policy: MemoryPolicy, phase: PhaseFacts) -> Iterator[tuple[MemoryPolicy, str]]:
     """A fused update admits no micro-batches; a deferred one does, and keeps the gradients off the device too."""
     if policy.optimizer(phase.optimizer).update == "fused":
-        what = f"update.{phase.optimizer}: fused -> deferred"
+        what = f"memory.update.{phase.optimizer}: fused -> deferred"
         yield policy.with_optimizer(phase.optimizer, update="deferred"), what
 
 
@@ -109,4 +109,4 @@ def _state_on_the_host(policy: MemoryPolicy, phase: PhaseFacts) -> Iterator[tupl
     for name in dict.fromkeys((phase.optimizer, *policy.optimizers)):
         own = policy.optimizer(name)
         if own.state == "device" and not own.kind.startswith("paged"):
-            yield policy.with_optimizer(name, state="host"), f"state.{name}: device -> host"
+            yield policy.with_optimizer(name, state="host"), f"memory.state.{name}: device -> host"

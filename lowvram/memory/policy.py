@@ -56,16 +56,6 @@ class OptimizerPolicy:
         _one_of("state", self.state, MEMORY_CHOICES["state"])
         _one_of("weights", self.weights, MEMORY_CHOICES["weights"])
         _one_of("weights_dtype", self.weights_dtype, MEMORY_CHOICES["weights_dtype"])
-        if self.weights == "stream" and self.update == "after":
-            raise LowVRAMError(
-                "weights=stream with update=after would collect every gradient on the device.",
-                "Use update=deferred (exact), or update=fused.",
-            )
-        if self.kind.startswith("paged") and self.state == "host":
-            raise LowVRAMError(
-                f"optimizer={self.kind} with state=host: paged state moves to the host by itself.",
-                "Use state=device, or optimizer=adam8bit.",
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +86,18 @@ class MemoryPolicy:
                 raise LowVRAMError(
                     f"precision=fp16 with memory.update.{name}=fused: weights would change before an overflow shows.",
                     f"Use memory.update.{name}=deferred, which is exact, or precision=bf16.",
+                )
+            if optimizer.weights == "stream" and optimizer.update == "after":
+                raise LowVRAMError(
+                    f"memory.weights.{name}=stream with memory.update.{name}=after would collect every gradient on the "
+                    "device.",
+                    f"Use memory.update.{name}=deferred (exact), or memory.update.{name}=fused.",
+                )
+            if optimizer.kind.startswith("paged") and optimizer.state == "host":
+                raise LowVRAMError(
+                    f"memory.optimizer.{name}={optimizer.kind} with memory.state.{name}=host: paged state moves to the "
+                    "host by itself.",
+                    f"Use memory.state.{name}=device, or memory.optimizer.{name}=adam8bit.",
                 )
             if self.fsdp != "none":
                 self._check_fsdp(name, optimizer)

@@ -89,7 +89,7 @@ class Rescue:
                 if self.applied.policy.ema == "host" or not self.applied.averages:
                     raise given_up(where, failure, self.applied.device, reserved_bytes)
                 self.applied.change(replace(self.applied.policy, ema="host"))
-                what = "ema: device -> host"
+                what = "memory.ema: device -> host"
             freed = True
             self.say(f"out of memory in {where} ({wanted_in_words(failure)}): {what}, going on")
             return True

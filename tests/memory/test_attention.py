@@ -193,7 +193,9 @@ def test_xformers_is_tried(ops: FakeOps, monkeypatch: pytest.MonkeyPatch) -> Non
         raise NotImplementedError("No operator found for `memory_efficient_attention_forward`\nwith inputs ...")
 
     monkeypatch.setattr(ops, "memory_efficient_attention", refuse)
-    with pytest.raises(LowVRAMError, match=r"RTX 2060 in torch.float16: No operator found.*\n +Use attention=sdpa"):
+    with pytest.raises(
+        LowVRAMError, match=r"RTX 2060 in torch.float16: No operator found.*\n +Use memory.attention=sdpa"
+    ):
         attention.check("xformers", CUDA, False)
 
 

@@ -31,22 +31,22 @@ def facts(**changes: object) -> PhaseFacts:
             [
                 "micro_batch.D: 16 -> 8",
                 "micro_batch.D: 8 -> 4",
-                "activations.D: keep -> recompute",
+                "memory.activations.D: keep -> recompute",
                 "micro_batch.D: 4 -> 2",
-                "state.D: device -> host",
-                "state.G: device -> host",
-                "ema: device -> host",
+                "memory.state.D: device -> host",
+                "memory.state.G: device -> host",
+                "memory.ema: device -> host",
             ],
         ),
         (
             MemoryPolicy(ema="host"),
             facts(name="R1", group=4, second_order=True, has_blocks=True, samples_per_process=4),
-            ["activations.R1: keep -> offload", "state.D: device -> host"],
+            ["memory.activations.R1: keep -> offload", "memory.state.D: device -> host"],
         ),
         (  # groups of 8 are never cut; 24 has no half below 16 that keeps them
             MemoryPolicy(ema="host", optimizers={"D": OptimizerPolicy(kind="paged_adam8bit")}),
             facts(group=8, samples_per_process=24, has_blocks=True),
-            ["micro_batch.D: 24 -> 8", "activations.D: keep -> recompute"],
+            ["micro_batch.D: 24 -> 8", "memory.activations.D: keep -> recompute"],
         ),
         (  # 6 has no half of 4 or more
             MemoryPolicy(ema="host", fsdp="offload"),
@@ -56,7 +56,7 @@ def facts(**changes: object) -> PhaseFacts:
                 "micro_batch.D: 6 -> 4",
                 "micro_batch.D: 4 -> 2",
                 "micro_batch.D: 2 -> 1",
-                "activations.D: keep -> offload",
+                "memory.activations.D: keep -> offload",
             ],
         ),
         (
@@ -66,12 +66,12 @@ def facts(**changes: object) -> PhaseFacts:
                 optimizers={"D": OptimizerPolicy(update="fused", state="host")},
             ),
             facts(samples_per_process=2, has_blocks=True),
-            ["recompute_every.D: 3 -> 1", "update.D: fused -> deferred", "micro_batch.D: 2 -> 1"],
+            ["recompute_every.D: 3 -> 1", "memory.update.D: fused -> deferred", "micro_batch.D: 2 -> 1"],
         ),
         (  # streamed blocks are recomputed as it is
             MemoryPolicy(ema="host", optimizers={"D": OptimizerPolicy(weights="stream", update="deferred")}),
             facts(samples_per_process=1, has_blocks=True),
-            ["state.D: device -> host"],
+            ["memory.state.D: device -> host"],
         ),
         (  # a micro-batch larger than what there is
             MemoryPolicy(ema="host", fsdp="shard", phases={"D": PhasePolicy(micro_batch=64, activations="offload")}),
@@ -134,7 +134,7 @@ def test_every_policy_leads_to_an_end_by_valid_single_changes() -> None:
 def check_change(key: str, old: dict[str, object], new: dict[str, object], what: str, phase: PhaseFacts) -> None:
     value = new[key]
     name, _, change = what.partition(": ")
-    assert name == key
+    assert name.removeprefix("memory.") == key
     assert change.endswith(f"-> {value}")
     if key == "micro_batch.D":
         assert isinstance(value, int)
