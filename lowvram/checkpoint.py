@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -122,27 +121,6 @@ def read(path: Path, *, only: tuple[str, ...] | None = None) -> Checkpoint:
     except (OSError, ValueError, SafetensorError) as error:
         raise LowVRAMError(f"checkpoint {path} can't be read: {error}.", "Use another one, or resume=auto.") from error
     return Checkpoint(tensors=tensors, numbers=numbers)
-
-
-def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimizer's state as tensors {"0.exp_avg": ...} and JSON numbers."""
-    state = optimizer.state_dict()
-    tensors: dict[str, Tensor] = {}
-    scalars: dict[str, Any] = {}
-    for index, values in state["state"].items():
-        for key, value in values.items():
-            (tensors if isinstance(value, Tensor) else scalars)[f"{index}.{key}"] = value
-    groups = [{k: v for k, v in group.items() if k != "params"} for group in state["param_groups"]]
-    return tensors, {"scalars": scalars, "groups": groups}
-
-
-def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
-    """Restore what `pack_optimizer` gave. The settings of the groups (such as lr) stay those of `optimizer`."""
-    state: dict[int, dict[str, Any]] = {}
-    for name, value in [*tensors.items(), *numbers["scalars"].items()]:
-        index, key = name.split(".", 1)
-        state.setdefault(int(index), {})[key] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 
 from lowvram import LowVRAMError, checkpoint
 from lowvram.checkpoint import Checkpoint
+from lowvram.memory import optimizers
 
 
 def small(value: float = 1.0) -> Checkpoint:
@@ -119,14 +120,14 @@ def test_optimizers_go_on_exactly(make: object, tmp_path: Path) -> None:
     network = nn.Linear(3, 2)
     optimizer = make(network.parameters())  # type: ignore[operator]
     steps(network, optimizer, inputs[:3])
-    tensors, numbers = checkpoint.pack_optimizer(optimizer)
+    tensors, numbers = optimizers.pack(optimizer)
     path = checkpoint.write(tmp_path, 1, Checkpoint(tensors={"o": tensors}, numbers=numbers), keep=1)
 
     other = nn.Linear(3, 2)
     other.load_state_dict(network.state_dict())
     restored = make(other.parameters())  # type: ignore[operator]
     back = checkpoint.read(path)
-    checkpoint.unpack_optimizer(restored, back.tensors["o"], back.numbers)
+    optimizers.unpack(restored, back.tensors["o"], back.numbers)
     steps(network, optimizer, inputs[3:])
     steps(other, restored, inputs[3:])
     assert all(torch.equal(a, b) for a, b in zip(network.parameters(), other.parameters(), strict=True))

@@ -3,7 +3,7 @@
     shard(network, network.blocks(), device, offload=True)   # before its optimizer is made: the parameters are new ones
     with running([network], second_order=False):             # all backwards of one update
         network(...).backward()
-    clip_(grads, total_norm(grads), 1.0)
+    norm = total_norm(grads)
 
 Works for one process too, for networks that are called in parts, and under the second derivatives of R1 and path
 length.
@@ -26,27 +26,21 @@ from torch.distributed.tensor import DTensor
 
 from lowvram.errors import LowVRAMError
 from lowvram.memory.fsdp_tensors import (
-    clip_,
-    full_optimizer_state,
     full_state,
     full_tensor,
     full_tensors,
     load_full,
-    load_full_optimizer_state,
     local,
     sharded_like,
     total_norm,
 )
 
 __all__ = [
-    "clip_",
-    "full_optimizer_state",
     "full_state",
     "full_tensor",
     "full_tensors",
     "is_sharded",
     "load_full",
-    "load_full_optimizer_state",
     "local",
     "reset",
     "running",

@@ -55,23 +55,6 @@ def load_full(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             local(target).copy_(_part(tensors[key], target))
 
 
-def full_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """State tensors as {"INDEX.KEY": whole tensor on the CPU}, INDEX the position of the parameter. Collective."""
-    state = optimizer.state_dict()["state"]
-    tensors = {f"{index}.{key}": value for index, values in state.items() for key, value in values.items()}
-    return full_tensors({name: value for name, value in tensors.items() if isinstance(value, Tensor)})
-
-
-def load_full_optimizer_state(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Load what `full_optimizer_state` gave, sharded or not. Settings such as lr stay those of `optimizer`."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in sharded_like(tensors, parameters).items():
-        index, key = name.split(".", 1)
-        state.setdefault(int(index), {})[key] = tensor
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
 def sharded_like(tensors: Mapping[str, Tensor], parameters: Sequence[Tensor]) -> dict[str, Tensor]:
     """{"INDEX.KEY": whole tensor} with those of the shape of parameter INDEX cut and placed as it is.
 
@@ -107,14 +90,6 @@ def total_norm(grads: Iterable[Tensor]) -> Tensor:
         squares.append(torch.nn.utils.get_total_norm(part).to(device, torch.float64).square())  # fp32 could overflow
     dist.all_reduce(squares[0], group=meshes[0].get_group())
     return (squares[0] + squares[1]).sqrt().float()
-
-
-@torch.no_grad()
-def clip_(grads: Iterable[Tensor], norm: Tensor, max_norm: float) -> None:
-    """Scale gradients in place to a norm of at most max_norm, as `torch.nn.utils.clip_grads_with_norm_` does."""
-    factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
-    for grad in grads:
-        local(grad).mul_(factor.to(local(grad).device))
 
 
 def _part(full: Tensor, like: Tensor) -> Tensor:
