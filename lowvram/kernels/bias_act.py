@@ -11,6 +11,7 @@ from torch import Tensor
 
 Activation = Literal["linear", "lrelu"]
 
+_PARTS = 8  # more would save little, and each costs the launch of two kernels
 LEAK = 0.2  # slope of the leaky ReLU below zero, in every published StyleGAN
 
 
@@ -121,8 +122,9 @@ def _scale_grad(
     wide = torch.promote_types(g.dtype, torch.float32)
     if torch.is_grad_enabled() or not len(y):
         total = (unclamped * y).sum((2, 3), dtype=wide)  # [N, C]
-    else:  # sample by sample: the product of two whole maps would be a third, for the sake of [N, C] numbers
-        total = torch.stack([(u * v).sum((1, 2), dtype=wide) for u, v in zip(unclamped, y, strict=True)])
+    else:  # in parts: the product of two whole maps would be a third, for the sake of [N, C] numbers
+        parts = zip(unclamped.chunk(_PARTS), y.chunk(_PARTS), strict=True)
+        total = torch.cat([(u * v).sum((2, 3), dtype=wide) for u, v in parts])
     if noise is not None:
         noise = noise.to(g.dtype).expand(len(g), 1, *g.shape[2:])
         total = total - torch.bmm(g.flatten(2), noise.flatten(2).transpose(1, 2))[:, :, 0]

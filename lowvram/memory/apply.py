@@ -25,7 +25,7 @@ from lowvram.memory.blocks import find_blocks
 from lowvram.memory.check import check
 from lowvram.memory.ladder import PhaseFacts
 from lowvram.memory.offload import ActivationOffload
-from lowvram.memory.policy import MemoryPolicy
+from lowvram.memory.policy import MemoryPolicy, OptimizerPolicy
 from lowvram.memory.recovery import free_memory
 from lowvram.memory.stream import BlockStream
 from lowvram.memory.update import Outcome, Updater
@@ -225,6 +225,23 @@ class Applied:
             has_blocks=any(self._blocks.values()),
         )
 
+    # For planning.
+
+    def another_updater(self, name: str, policy: OptimizerPolicy) -> Updater:
+        """What would change the weights of an optimizer under another policy, with a new state."""
+        return self._make_updater(name, policy)
+
+    def largest_block_bytes(self) -> int:
+        """The weights of the largest block; of the largest parameter where networks show none."""
+        blocks = [block for found in self._blocks.values() for block in found.values()]
+        sizes = [sum(p.numel() * p.element_size() for p in block.parameters()) for block in blocks]
+        params = [p.numel() * p.element_size() for n in self._networks.values() for p in n.parameters()]
+        return max(sizes or params, default=0)
+
+    def slot_sizes_bytes(self) -> list[int]:
+        """What streams hold on the device between uses of their blocks."""
+        return [size for stream in self._streams.values() for size in stream.slot_sizes_bytes()]
+
     # Construction.
 
     def _place_weights(self) -> None:
@@ -248,7 +265,7 @@ class Applied:
                 (group,) = phase.optimizer.param_groups
                 group["params"] = params
 
-    def _make_updater(self, name: str) -> Updater:
+    def _make_updater(self, name: str, policy: OptimizerPolicy | None = None) -> Updater:
         phases = [phase for phase in self.phases if self.optimizer_names[phase.name] == name]
         networks = {id(n): n for phase in phases for n in phase.networks}
         blocks: dict[str, list[nn.Parameter]] = {}
@@ -262,7 +279,7 @@ class Applied:
         return Updater(
             name,
             phases[0].optimizer,
-            self.policy.optimizer(name),
+            self.policy.optimizer(name) if policy is None else policy,
             blocks=blocks,
             streams=streams,
             device=self.device,

@@ -133,6 +133,10 @@ class BlockStream:
             self._slots.clear()
             self._recent = None
 
+    def slot_sizes_bytes(self) -> list[int]:
+        """Of the slots that are on the device now."""
+        return [len(slot.buffer) for slot in self._slots]
+
     # A block's forward.
 
     def _streamed(self, module: nn.Module, forward: Forward) -> Forward:

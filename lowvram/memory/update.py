@@ -111,7 +111,7 @@ class Updater:
         self._part_of = {p: part for b in self.buckets.values() for part in b.parts for p in part.params}
         self._bucket_of = {p: bucket for bucket in self.buckets.values() for p in bucket.params}
         if policy.update != "after":
-            self._handles = [_hook(param, self._take_gradient) for param in self.params]
+            self._handles = [_hook(param, self.take_gradient) for param in self.params]
         for stream in {id(s): s for s in streams.values()}.values():
             stream.on_load = self._apply_when_loaded
 
@@ -146,7 +146,8 @@ class Updater:
                 f"Go on from the last checkpoint with memory.update.{self.name}=deferred, which is exact.",
             )
 
-    def _take_gradient(self, param: nn.Parameter) -> None:
+    def take_gradient(self, param: nn.Parameter) -> None:
+        """A parameter's gradient is complete: step it (fused), or send it to the host (deferred). Within `collecting`."""
         if not self._collecting or param.grad is None:
             return
         grad, param.grad = param.grad, None

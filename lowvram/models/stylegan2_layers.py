@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lowvram import seeded
+from lowvram import seeded, standin
 from lowvram.kernels.bias_act import Activation, bias_act
 from lowvram.kernels.conv2d import conv2d
 from lowvram.kernels.upfirdn2d import downsample2d, make_filter, upfirdn2d
@@ -23,7 +23,7 @@ def best_memory_format(x: Tensor, channels: int) -> torch.memory_format:
     Channels last halves the filters' time on a CPU and suits 16-bit tensor cores, but PyTorch then re-orders the weight
     in each call: not worth it where the weight is larger than the image (measured: 2x slower at 4x4, even at 16x16).
     """
-    if x.device.type != "cpu":
+    if standin.is_gpu(x.device):
         return torch.contiguous_format if x.dtype == torch.float32 else torch.channels_last
     pixels = x.shape[0] * x.shape[2] * x.shape[3]
     return torch.channels_last if 2 * pixels >= 9 * channels else torch.contiguous_format

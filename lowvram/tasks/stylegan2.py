@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lowvram import seeded
+from lowvram import seeded, standin
 from lowvram.ema import ExponentialMovingAverage
 from lowvram.models.augment import AugmentPipe, adapt
 from lowvram.models.stylegan2 import Discriminator, Generator
@@ -274,7 +274,7 @@ class StyleGAN2Task(Task):
     def _precision(self) -> dict[str, Any]:
         chosen = self.settings.precision
         if chosen == "auto":
-            chosen = "fp32" if self.device.type == "cpu" else "fp16"
+            chosen = "fp16" if standin.is_gpu(self.device) else "fp32"
         return {
             "num_fp16_res": 0 if chosen == "fp32" else self.settings.model.num_fp16_res,
             "conv_clamp": None if chosen == "fp32" else self.settings.model.conv_clamp,

@@ -1,0 +1,243 @@
+"""A whole training step under a policy, put together from recorded pieces.
+
+A phase's micro-batches are alike, so that one of them is recorded. In the first the gradients stay; in those after it
+each new gradient is added to them and gone. How a policy takes gradients decides what happens at their arrival.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lowvram.planner.log import CATEGORIES, TEMPORARY, Requests, Work
+from lowvram.planner.record import Piece, rounded
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Taking:
+    """How gradients are taken as they are complete.
+
+    update: after, deferred or fused. later: the micro-batch is not the first of its phase. step_sizes: see
+    tracing.Recorded.
+    """
+
+    update: str = "after"
+    later: bool = False
+    step_sizes: tuple[int, ...] = ()
+
+
+def at(one: Piece, two: Piece, first: int, second: int, samples: int) -> Piece | None:
+    """The piece of `samples` from those of `first` and `second`; None if their operations differ.
+
+    Every tensor of a batch has a size that is affine in the number of samples.
+    """
+    if one.order.shape != two.order.shape or not np.array_equal(one.order, two.order):
+        return None
+    if not np.array_equal(one.makers, two.makers) or one.names != two.names or len(one.work) != len(two.work):
+        return None
+    weight = (samples - first) / (second - first)
+
+    def mix(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.maximum(a + (b - a) * weight, 0.0)
+
+    work = Work(
+        flops=mix(one.work.flops, two.work.flops),
+        bytes=mix(one.work.bytes, two.work.bytes),
+        kinds=one.work.kinds,
+        half=one.work.half,
+        host_bytes=max(0.0, one.work.host_bytes + (two.work.host_bytes - one.work.host_bytes) * weight),
+    )
+    return Piece(
+        order=one.order,
+        sizes=mix(one.sizes, two.sizes),
+        categories=one.categories,
+        makers=one.makers,
+        names=one.names,
+        arrivals=one.arrivals,
+        left=one.left,
+        work=work,
+    )
+
+
+def together(works: Iterable[tuple[Work, float]], host_bytes: float = 0.0) -> Work:
+    """Works one after the other, each so many times over (a whole number, or a share of it for lazy phases)."""
+    parts = [(work, times) for work, times in works if times]
+    if not parts:
+        empty = np.zeros(0)
+        return Work(
+            flops=empty, bytes=empty, kinds=empty.astype(np.int8), half=empty.astype(np.bool_), host_bytes=host_bytes
+        )
+    repeats = [max(1, round(times)) for _, times in parts]
+    return Work(
+        flops=np.concatenate([np.tile(w.flops, n) for (w, _), n in zip(parts, repeats, strict=True)]),
+        bytes=np.concatenate([np.tile(w.bytes, n) for (w, _), n in zip(parts, repeats, strict=True)]),
+        kinds=np.concatenate([np.tile(w.kinds, n) for (w, _), n in zip(parts, repeats, strict=True)]),
+        half=np.concatenate([np.tile(w.half, n) for (w, _), n in zip(parts, repeats, strict=True)]),
+        host_bytes=host_bytes + sum(work.host_bytes * times for work, times in parts),
+    )
+
+
+@dataclass(kw_only=True)
+class Flow:
+    """Events, with their storages' rounded sizes, categories and makers; gradients that stay to the end."""
+
+    order: Ints
+    sizes: Ints
+    categories: NDArray[np.int8]
+    makers: NDArray[np.int32]
+    names: tuple[str, ...]
+    gradients: Ints  # storages that are alive at the end
+
+    def peak_bytes(self) -> int:
+        """The most that is alive at one time, of what these events made."""
+        if not len(self.order):
+            return 0
+        return int(_live(self.order, self.sizes).max())
+
+
+def flow(piece: Piece, taking: Taking) -> Flow:
+    """A micro-batch's events when its gradients are so taken. What it left else ends with it."""
+    sizes = rounded(piece.sizes)
+    keep = taking.update == "after" and not taking.later
+    seen: set[int] = set()
+    positions: list[int] = []
+    events: list[int] = []
+    extra_sizes: list[int] = []
+    for event, storage, parameter in piece.arrivals:
+        again = storage in seen
+        seen.add(storage)
+        inserted: list[int] = []
+
+        def temporary(size: int) -> int:
+            extra_sizes.append(-(-size // 512) * 512)
+            return len(sizes) + len(extra_sizes) - 1
+
+        if taking.update == "deferred" and (taking.later or again):
+            held, total = temporary(int(sizes[storage])), temporary(int(sizes[storage]))
+            inserted += [held, total, ~held, ~total]
+        elif taking.update == "fused" and parameter < len(taking.step_sizes) and taking.step_sizes[parameter]:
+            scratch = temporary(taking.step_sizes[parameter])
+            inserted += [scratch, ~scratch]
+        if not keep and not again:
+            inserted.append(~storage)
+        positions += [event] * len(inserted)
+        events += inserted
+    order = np.insert(piece.order, positions, events) if positions else piece.order
+    ends = [~storage for storage in piece.left]
+    gradients = sorted(seen) if keep else []
+    return Flow(
+        order=np.concatenate([order, np.array(ends, dtype=np.int64)]),
+        sizes=np.concatenate([sizes, np.array(extra_sizes, dtype=np.int64)]),
+        categories=np.concatenate([piece.categories, np.full(len(extra_sizes), TEMPORARY, dtype=np.int8)]),
+        makers=np.concatenate([piece.makers, np.zeros(len(extra_sizes), dtype=np.int32)]),
+        names=piece.names,
+        gradients=np.array(gradients, dtype=np.int64),
+    )
+
+
+class Writer:
+    """Writes flows one after the other into `Requests`."""
+
+    def __init__(self) -> None:
+        self._order: list[Ints] = []
+        self._sizes: list[Ints] = []
+        self._categories: list[NDArray[np.int8]] = []
+        self._makers: list[NDArray[np.int32]] = []
+        self._names: dict[str, int] = {}
+        self._marks: list[tuple[int, str]] = []
+        self._events = 0
+        self._storages = 0
+
+    def mark(self, name: str) -> None:
+        """A part of the step begins."""
+        self._marks.append((self._events, name))
+
+    def hold(self, sizes: Iterable[tuple[int, int]], name: str) -> Ints:
+        """Allocate storages (category, bytes) that stay; returns them for `free`."""
+        pairs = [(kind, -(-size // 512) * 512) for kind, size in sizes if size]
+        count = len(pairs)
+        made = np.arange(self._storages, self._storages + count)
+        self._add(
+            made,
+            np.array([size for _, size in pairs], dtype=np.int64),
+            np.array([kind for kind, _ in pairs], dtype=np.int8),
+            np.full(count, self._names.setdefault(name, len(self._names)), dtype=np.int32),
+        )
+        return made
+
+    def play(self, one: Flow) -> Ints:
+        """Write a flow; returns the gradients that are alive after it, for `free`."""
+        offset = self._storages
+        shifted = np.where(one.order >= 0, one.order + offset, one.order - offset)
+        places = np.array([self._names.setdefault(n, len(self._names)) for n in one.names] or [0], dtype=np.int32)
+        self._add(shifted, one.sizes, one.categories, places[one.makers])
+        gradients: Ints = one.gradients + offset
+        return gradients
+
+    def free(self, storages: Ints) -> None:
+        """End storages."""
+        self._order.append(~storages)
+        self._events += len(storages)
+
+    def requests(self) -> Requests:
+        """All that was written."""
+        return Requests(
+            order=np.concatenate(self._order),
+            sizes=np.concatenate(self._sizes),
+            categories=np.concatenate(self._categories),
+            makers=np.concatenate(self._makers),
+            names=tuple(self._names),
+            marks=tuple(self._marks),
+        )
+
+    def _add(self, order: Ints, sizes: Ints, categories: NDArray[np.int8], makers: NDArray[np.int32]) -> None:
+        self._order.append(order)
+        self._sizes.append(sizes)
+        self._categories.append(categories)
+        self._makers.append(makers)
+        self._events += len(order)
+        self._storages += len(sizes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """The highest moment of a part of a step: its live bytes, by category, and the operation and module at work."""
+
+    name: str
+    live_bytes: int
+    by_category: Mapping[str, int] = field(default_factory=dict)
+    operation: str = ""
+    module: str = ""
+
+
+def highest(requests: Requests) -> dict[str, Part]:
+    """By the name of each mark, the highest moment of its parts."""
+    live, by_category = requests.live(), requests.live_by_category()
+    storages = requests.storages()
+    found: dict[str, Part] = {}
+    ends = [event for event, _ in requests.marks[1:]] + [len(live)]
+    for (begin, name), end in zip(requests.marks, ends, strict=True):
+        before = int(live[begin - 1]) if begin else 0
+        event = begin + int(live[begin:end].argmax()) if end > begin else begin - 1
+        peak = max(before, int(live[event])) if event >= 0 else before
+        if name in found and found[name].live_bytes >= peak:
+            continue
+        if peak == before and begin:
+            event = begin - 1
+        maker = requests.names[requests.makers[storages[event]]]
+        operation, _, module = maker.partition(" in ")
+        found[name] = Part(
+            name=name,
+            live_bytes=peak,
+            by_category={kind: int(by_category[i, event]) for i, kind in enumerate(CATEGORIES)},
+            operation=operation,
+            module=module,
+        )
+    return found
+
+
+def _live(order: Ints, sizes: Ints) -> Ints:
+    return np.cumsum(np.where(order >= 0, sizes[np.where(order >= 0, order, ~order)], -sizes[~np.minimum(order, -1)]))

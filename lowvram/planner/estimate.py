@@ -1,0 +1,278 @@
+"""What a policy needs and takes: bytes alive, seconds of a step, and the whole step's requests for a replay.
+
+Parts of a step don't overlap in memory, so that a step's peak is the highest of its parts' beside what is there
+throughout; and the time of a step is the sum of its parts'.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from lowvram.memory.ladder import PhaseFacts
+from lowvram.memory.policy import MemoryPolicy, OptimizerPolicy
+from lowvram.planner import cost
+from lowvram.planner.cards import Card
+from lowvram.planner.compose import Flow, Taking, Writer, flow
+from lowvram.planner.cost import Rates
+from lowvram.planner.log import AVERAGE, OPTIMIZER, Requests, Work
+from lowvram.planner.pieces import Pieces
+from lowvram.planner.record import Piece
+from lowvram.planner.tracing import Facts, Job, Recorded, Structure
+
+STEPS = 2  # of a replay: the second finds what the first left of the allocator's segments
+Choice = tuple[int, str, int]  # micro_batch, activations, recompute_every
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartCost:
+    """peak_bytes: beside what is there throughout. seconds, flops, host_bytes: of one run, all micro-batches."""
+
+    peak_bytes: int
+    seconds: float
+    flops: float = 0.0
+    host_bytes: float = 0.0
+    gpu_seconds: float = 0.0
+
+
+class Estimator:
+    """Prices the parts of a step when weights are held in one way, on one card.
+
+    exact: smaller micro-batches than were interpolated from are recorded themselves.
+    """
+
+    def __init__(self, pieces: Pieces, structure: Structure, card: Card, rates: Rates | None = None) -> None:
+        self.pieces, self.structure, self.card = pieces, structure, card
+        self.rates = cost.default_rates(card) if rates is None else rates
+        self.exact: set[Job] = set()
+        self._phases: dict[tuple[str, Choice, OptimizerPolicy], PartCost] = {}
+        self._updates: dict[tuple[str, OptimizerPolicy], PartCost] = {}
+
+    @cached_property
+    def facts(self) -> Facts:
+        """Of the subject."""
+        return self.pieces.facts(self.structure)
+
+    @property
+    def streams(self) -> bool:
+        """Whether weights are streamed: then a phase's piece holds its update."""
+        return self.structure.weights == "stream"
+
+    # Parts.
+
+    def job(self, phase: PhaseFacts, choice: Choice) -> Job:
+        """What records a phase's micro-batch."""
+        micro, activations, every = choice
+        runs = 2 if self.streams and micro < phase.samples_per_process else 1
+        return Job(
+            structure=self.structure,
+            what="phase",
+            name=phase.name,
+            samples=micro,
+            runs=runs,
+            activations=activations,
+            recompute_every=every if activations == "recompute" else 1,
+        )
+
+    def jobs(self, phase: PhaseFacts, choice: Choice) -> list[Job]:
+        """What has to be recorded to know a choice."""
+        job = self.job(phase, choice)
+        found = _anchors(phase) if job not in self.exact else None
+        if found is None or choice[1] == "offload":
+            return [job]
+        return [replace(job, samples=n) for n in found]
+
+    def recorded(self, phase: PhaseFacts, choice: Choice) -> Recorded:
+        """A phase's micro-batch."""
+        job = self.job(phase, choice)
+        exact = job in self.exact or choice[1] == "offload"  # small tensors stay: operations differ with the batch
+        return self.pieces.like(job, None if exact else _anchors(phase))
+
+    def phase(self, phase: PhaseFacts, choice: Choice, own: OptimizerPolicy) -> PartCost:
+        """One run of a phase under its optimizer's policy, its update not included unless weights stream."""
+        key = (phase.name, choice, replace(own, kind="adam", state="device"))
+        if key not in self._phases:
+            self._phases[key] = self._price_phase(phase, choice, own)
+        return self._phases[key]
+
+    def _price_phase(self, phase: PhaseFacts, choice: Choice, own: OptimizerPolicy) -> PartCost:
+        piece = self.recorded(phase, choice).piece
+        count = -(-phase.samples_per_process // choice[0])
+        flows = self.flows(phase, choice, own)
+        held = 0
+        peak = 0
+        for one in flows:
+            peak = max(peak, held + one.peak_bytes())
+            held += int(one.sizes[one.gradients].sum())
+        host = self._gradient_traffic(piece, count, own)
+        runs = 2 if self.streams and count > 1 else 1
+        time = cost.seconds(replace(piece.work, host_bytes=0.0), self.card, self.rates)
+        times = count / runs
+        pcie = (piece.work.host_bytes * times + host) / (self.card.pcie_bytes_per_second * self.rates.pcie)
+        busy = max(time.gpu_seconds, time.launch_seconds) * times
+        return PartCost(
+            peak_bytes=peak,
+            seconds=busy + max(0.0, pcie - self.rates.overlap * busy),
+            gpu_seconds=time.gpu_seconds * times,
+            flops=float(piece.work.flops.sum()) * times,
+            host_bytes=piece.work.host_bytes * times + host,
+        )
+
+    def flows(self, phase: PhaseFacts, choice: Choice, own: OptimizerPolicy) -> list[Flow]:
+        """The first micro-batch of a phase, and one of the others if there are."""
+        piece = self.recorded(phase, choice).piece
+        if self.streams:  # as recorded: both micro-batches, and what became of their gradients
+            return [flow(piece, Taking())]
+        sizes = self._step_sizes(phase, own)
+        first = flow(piece, Taking(update=own.update, step_sizes=sizes))
+        if choice[0] >= phase.samples_per_process:
+            return [first]
+        return [first, flow(piece, Taking(update=own.update, later=True, step_sizes=sizes))]
+
+    def _step_sizes(self, phase: PhaseFacts, own: OptimizerPolicy) -> tuple[int, ...]:
+        return self.update_piece(phase.optimizer, own).step_sizes if own.update == "fused" else ()
+
+    def _gradient_traffic(self, piece: Piece, count: int, own: OptimizerPolicy) -> float:
+        if own.update != "deferred" or self.streams:
+            return 0.0
+        size = float(sum(piece.sizes[storage] for _, storage, _ in piece.arrivals))
+        return size * (2 * count - 1)
+
+    def update_job(self, optimizer: str, own: OptimizerPolicy) -> Job:
+        """What records an update."""
+        return Job(structure=self.structure, what="update", name=optimizer, optimizer=own)
+
+    def update_piece(self, optimizer: str, own: OptimizerPolicy) -> Recorded:
+        """An update as recorded, its state among the residents."""
+        return self.pieces.get(self.update_job(optimizer, own))
+
+    def update(self, optimizer: str, own: OptimizerPolicy) -> PartCost:
+        """One update, beside its gradients."""
+        key = (optimizer, own)
+        if key not in self._updates:
+            recorded = self.update_piece(optimizer, own)
+            one = flow(recorded.piece, Taking(later=True))
+            gradients = self.facts.parameter_bytes[optimizer] if own.update == "after" else 0
+            time = self._alone(recorded.piece.work)
+            self._updates[key] = PartCost(
+                peak_bytes=one.peak_bytes() + gradients,
+                seconds=0.0 if self.streams else time,
+                host_bytes=recorded.piece.work.host_bytes,
+            )
+        return self._updates[key]
+
+    def average(self, place: str) -> PartCost:
+        """The averages' update."""
+        if not self.facts.average_bytes:
+            return PartCost(peak_bytes=0, seconds=0.0)
+        recorded = self.pieces.get(Job(structure=self.structure, what="average"))
+        host = float(self.facts.average_bytes) if place == "host" else 0.0
+        work = replace(recorded.piece.work, host_bytes=host)
+        peak = 0 if place == "host" else flow(recorded.piece, Taking(later=True)).peak_bytes()
+        return PartCost(peak_bytes=peak, seconds=self._alone(work), host_bytes=host)
+
+    def sample(self, slice_: int, place: str) -> tuple[PartCost, Flow] | None:
+        """Sampling, some images at a time; the averaged network comes to the device for it."""
+        if not self.facts.samples_images:
+            return None
+        one = flow(self._sampled(slice_).piece, Taking(later=True))
+        brought = self.facts.average_bytes if place == "host" else 0
+        return PartCost(peak_bytes=one.peak_bytes() + brought, seconds=0.0), one
+
+    def _sampled(self, slice_: int) -> Recorded:
+        job = Job(structure=self.structure, what="sample", samples=slice_)
+        return self.pieces.like(job, (8, 16) if slice_ > 8 else None)
+
+    def _alone(self, work: Work) -> float:
+        """Seconds of work whose copies nothing runs beside."""
+        time = cost.seconds(replace(work, host_bytes=0.0), self.card, self.rates)
+        return time.total_seconds + work.host_bytes / (self.card.pcie_bytes_per_second * self.rates.pcie)
+
+    # A whole policy.
+
+    def residents(self, optimizers: Mapping[str, OptimizerPolicy], ema: str) -> list[tuple[int, int]]:
+        """What is there throughout: (category, bytes) of each storage."""
+        sizes = [(kind, size) for kind, size in self.facts.residents.sizes if ema == "device" or kind != AVERAGE]
+        for name, own in optimizers.items():
+            state = self.update_piece(name, own).residents.sizes
+            sizes += [(OPTIMIZER, size) for _, size in state]
+        if self.streams:
+            for phase in self.facts.phases:
+                slots = self.recorded(phase, (phase.group, "keep", 1)).residents.sizes
+                if slots:
+                    sizes += slots
+                    break
+        return sizes
+
+    def requests(self, policy: MemoryPolicy, *, steps: int = STEPS) -> Requests:
+        """A whole training: what is there throughout, some steps with every phase in them, and sampling."""
+        writer = Writer()
+        writer.mark("start")
+        everything = [(kind, size) for kind, size in self.residents(self._own(policy), policy.ema)]
+        writer.hold(everything, "held throughout")
+        for _ in range(steps):
+            for phase in self.facts.phases:
+                writer.mark(phase.name)
+                self._write_phase(writer, phase, policy)
+            if self.facts.average_bytes:
+                writer.mark("average")
+                if policy.ema == "device":
+                    average = self.pieces.get(Job(structure=self.structure, what="average"))
+                    writer.play(flow(average.piece, Taking(later=True)))
+        if self.facts.samples_images:
+            writer.mark("sampling")
+            brought = writer.hold(self._averages() if policy.ema == "host" else [], "average on the device")
+            writer.play(flow(self._sampled(self.sampling_slice(policy)).piece, Taking(later=True)))
+            writer.free(brought)
+        writer.mark("saving")  # tensor by tensor to the host: nothing is added
+        return writer.requests()
+
+    def sampling_slice(self, policy: MemoryPolicy) -> int:
+        """Images that are sampled at a time."""
+        first = self.facts.phases[0]
+        return max(1, (policy.phase(first.name).micro_batch or first.samples_per_process) // 2)
+
+    def seconds(self, policy: MemoryPolicy) -> tuple[float, float]:
+        """Of a step, lazy phases by their share; and the card's own part of it."""
+        own = self._own(policy)
+        total = self.average(policy.ema).seconds
+        gpu = total
+        for phase in self.facts.phases:
+            part = self.phase(phase, choice_of(policy, phase), own[phase.optimizer])
+            update = self.update(phase.optimizer, own[phase.optimizer])
+            total += (part.seconds + update.seconds) / self.facts.every[phase.name]
+            gpu += part.gpu_seconds / self.facts.every[phase.name]
+        return total, gpu
+
+    def settle(self, policy: MemoryPolicy) -> None:
+        """Record the micro-batches of a policy themselves that were extrapolated to fewer samples."""
+        for phase in self.facts.phases:
+            choice, found = choice_of(policy, phase), _anchors(phase)
+            if found is not None and choice[0] < found[0]:
+                self.exact.add(self.job(phase, choice))
+
+    def _own(self, policy: MemoryPolicy) -> dict[str, OptimizerPolicy]:
+        return {name: policy.optimizer(name) for name in self.facts.optimizers}
+
+    def _averages(self) -> Iterable[tuple[int, int]]:
+        return [(kind, size) for kind, size in self.facts.residents.sizes if kind == AVERAGE]
+
+    def _write_phase(self, writer: Writer, phase: PhaseFacts, policy: MemoryPolicy) -> None:
+        own = policy.optimizer(phase.optimizer)
+        kept = [writer.play(one) for one in self.flows(phase, choice_of(policy, phase), own)]
+        if not self.streams:
+            writer.play(flow(self.update_piece(phase.optimizer, own).piece, Taking(later=True)))
+        for gradients in kept:
+            writer.free(gradients)
+
+
+def choice_of(policy: MemoryPolicy, phase: PhaseFacts) -> Choice:
+    """What a policy chooses for a phase."""
+    own = policy.phase(phase.name)
+    samples = phase.samples_per_process
+    return min(own.micro_batch or samples, samples), own.activations, own.recompute_every
+
+
+def _anchors(phase: PhaseFacts) -> tuple[int, int] | None:
+    """Two numbers of samples to interpolate from: large enough that no dimension is 1, whose strides are arbitrary."""
+    first = -(-max(8, 2 * phase.group) // phase.group) * phase.group
+    return (first, 2 * first) if phase.samples_per_process > first else None

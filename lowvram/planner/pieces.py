@@ -1,0 +1,133 @@
+"""Recorded pieces, each recorded once: side by side where that is safe, for other batches by interpolation."""
+
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from lowvram.planner import compose
+from lowvram.planner.subject import Subject
+from lowvram.planner.tracing import Facts, Job, Recorded, Structure, Tracer, tracer
+
+_MOST_PROCESSES = 4  # each builds the subject anew
+
+
+class Pieces:
+    """The pieces of one subject, recorded when first asked for. Close it, or use it in a `with`.
+
+    Args:
+        build: makes the subject on fake tensors; called in each process.
+        processes: that record side by side; None: as many as there are processors, up to 4, where forking is safe.
+    """
+
+    def __init__(self, build: Callable[[], Subject], *, processes: int | None = None) -> None:
+        self._bench = _Bench(build)
+        self._recorded: dict[Job, Recorded] = {}
+        self._facts: dict[Structure, Facts] = {}
+        self._anchors: dict[Job, tuple[int, int]] = {}  # by a job without its samples
+        self._pool = _pool(build, _safe_processes() if processes is None else processes)
+        self.recordings = 0
+
+    def __enter__(self) -> "Pieces":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the processes, and the fakes."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+            self._pool = None
+        self._bench.close()
+
+    def facts(self, structure: Structure) -> Facts:
+        """Of the subject when it is held so."""
+        if structure not in self._facts:
+            self._facts[structure] = self._run([Job(structure=structure, what="facts")])[0]
+        return self._facts[structure]
+
+    def want(self, jobs: Iterable[Job]) -> None:
+        """Record pieces that will be asked for, side by side."""
+        missing = [job for job in dict.fromkeys(jobs) if job not in self._recorded]
+        for job, recorded in zip(missing, self._run(missing), strict=True):
+            self._recorded[job] = recorded
+        self.recordings += len(missing)
+
+    def get(self, job: Job) -> Recorded:
+        """One piece, as recorded."""
+        if job not in self._recorded:
+            self.want([job])
+        return self._recorded[job]
+
+    def like(self, job: Job, anchors: tuple[int, int] | None) -> Recorded:
+        """A piece from those of two other numbers of samples where their operations agree; else as recorded."""
+        if job in self._recorded or anchors is None or job.samples in anchors:
+            return self.get(job)
+        first, second = anchors
+        self.want([replace(job, samples=first), replace(job, samples=second)])
+        one, two = self.get(replace(job, samples=first)), self.get(replace(job, samples=second))
+        piece = compose.at(one.piece, two.piece, first, second, job.samples)
+        return self.get(job) if piece is None else replace(one, piece=piece)
+
+    def _run(self, jobs: list[Job]) -> list[Any]:
+        if self._pool is None or len(jobs) < 2:
+            return [self._bench.do(job) for job in jobs]
+        return list(self._pool.map(_do, jobs))
+
+
+class _Bench:
+    """A tracer for the structure that was last asked for."""
+
+    def __init__(self, build: Callable[[], Subject]) -> None:
+        self._build = build
+        self._stack = ExitStack()
+        self._structure: Structure | None = None
+        self._tracer: Tracer | None = None
+
+    def do(self, job: Job) -> Any:
+        # The fakes' modes are entered for each job, so that nothing else is fake between two.
+        if self._tracer is None or self._structure != job.structure:
+            self.close()
+            self._tracer = self._stack.enter_context(tracer(self._build, job.structure))
+            self._structure = job.structure
+        with self._tracer.active():
+            return self._tracer.facts() if job.what == "facts" else self._tracer.record(job)
+
+    def close(self) -> None:
+        self._stack.close()
+        self._structure, self._tracer = None, None
+
+
+_bench: _Bench | None = None  # of a process that records for another
+
+
+def _start(build: Callable[[], Subject]) -> None:
+    global _bench
+    torch.set_num_threads(1)
+    _bench = _Bench(build)
+
+
+def _do(job: Job) -> Any:
+    assert _bench is not None
+    return _bench.do(job)
+
+
+def _pool(build: Callable[[], Subject], processes: int) -> ProcessPoolExecutor | None:
+    if processes < 2:
+        return None
+    context = multiprocessing.get_context("fork")  # `build` is a closure, which only a fork takes along
+    return ProcessPoolExecutor(processes, mp_context=context, initializer=_start, initargs=(build,))
+
+
+def _safe_processes() -> int:
+    """Forking a process that uses CUDA breaks it there, and macOS's own libraries don't bear it either."""
+    if not sys.platform.startswith("linux") or torch.cuda.is_initialized() or torch.distributed.is_initialized():
+        return 1
+    return min(_MOST_PROCESSES, len(os.sched_getaffinity(0)))

@@ -1,0 +1,342 @@
+"""A recording of a computation on fake tensors: every storage that comes and goes, and the work of every operation.
+
+`lowvram.memory.tracer` counts what is alive; this keeps the order too, and who made what, so that an allocator can be
+replayed, a picture drawn and the time foretold.
+"""
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache, partial
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from lowvram.memory import host
+from lowvram.planner.log import (
+    ACTIVATIONS,
+    ATTENTION,
+    CONVOLUTION,
+    GRADIENTS,
+    MATMUL,
+    MEMORY,
+    TEMPORARY,
+    Work,
+)
+
+
+@dataclass(kw_only=True)
+class Piece:
+    """A recorded part of a training step. S storages, E events, N operations.
+
+    order, sizes, categories, makers, names: as in `log.Requests`, but sizes are as asked for, not rounded.
+    arrivals: (event, storage, parameter) of each gradient as it is complete: the storage is the parameter's `grad` at
+        that event; parameters are numbered as the phase lists them.
+    left: storages that outlive the piece, gradients apart.
+    """
+
+    order: NDArray[np.int64]
+    sizes: NDArray[np.float64]
+    categories: NDArray[np.int8]
+    makers: NDArray[np.int32]
+    names: tuple[str, ...]
+    arrivals: tuple[tuple[int, int, int], ...]
+    left: tuple[int, ...]
+    work: Work
+
+
+@dataclass(frozen=True)
+class _Operation:
+    """What is known of an operation whatever its operands: its kind, and how to count it."""
+
+    name: str
+    free: bool  # views and uninitialised memory: nothing runs
+    kind: int
+    flops: Callable[..., Any] | None
+
+
+@dataclass(kw_only=True)
+class _Tape:
+    order: list[int] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+    makers: list[int] = field(default_factory=list)
+    arrivals: list[tuple[int, int, int]] = field(default_factory=list)
+    backwards: list[int] = field(default_factory=list)  # events at which a backward begins
+    flops: list[float] = field(default_factory=list)
+    bytes: list[float] = field(default_factory=list)
+    kinds: list[int] = field(default_factory=list)
+    half: list[bool] = field(default_factory=list)
+    host_bytes: float = 0.0
+    own: set[int] = field(default_factory=set)  # storages that are weights, whatever they look like
+
+
+class Recorder(TorchDispatchMode):
+    """Records what runs within, on fake tensors. Reading a number gives zero, for there is none.
+
+    networks: modules whose parts are named in the record.
+    """
+
+    def __init__(self, networks: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        self._tape = _Tape()
+        self._names: dict[str, int] = {}
+        self._storages = host.StorageTable[tuple[_Tape, int]](self._freed)
+        self._paths = {
+            module: f"{name}.{path}" if path else name
+            for name, network in networks.items()
+            for path, module in network.named_modules()
+        }
+        self._modules: list[str] = [""]
+        self._spans: list[tuple[int, str]] = []  # autograd's nodes from a sequence number on, and their module
+
+    # For callers.
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """The mode and its hooks, for the block."""
+        from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+
+        hooks = [
+            register_module_forward_pre_hook(self._enter),
+            register_module_forward_hook(self._leave, always_call=True),
+        ]
+        try:
+            with self:
+                yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    @contextmanager
+    def collecting(self, params: Iterable[nn.Parameter]) -> Iterator[None]:
+        """Within, note when a gradient of `params` is complete."""
+        hooks = []
+        for index, param in enumerate(params):
+            asked = param.requires_grad
+            param.requires_grad_(True)
+            hooks.append(param.register_post_accumulate_grad_hook(partial(self._arrived, index)))  # type: ignore[arg-type]
+            param.requires_grad_(asked)
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def backward_begins(self) -> None:
+        """What is alive now, of what was recorded, is held for a backward."""
+        self._tape.backwards.append(len(self._tape.order))
+
+    def know(self, tensors: Iterable[Tensor]) -> None:
+        """These were there before, and belong to no piece."""
+        before = _Tape()
+        for tensor in tensors:
+            if host.has_storage(tensor) and self._storages.get(tensor) is None:
+                self._storages.set(tensor, (before, 0))
+
+    def start(self) -> None:
+        """Begin a new piece: what is alive now belongs to none."""
+        self._tape = _Tape()
+        self._names = {}
+        self._spans = []
+
+    def call_weights(self, tensors: Iterable[Tensor]) -> None:
+        """Storages of this piece that hold weights."""
+        for tensor in tensors:
+            entry = self._storages.get(tensor)
+            if entry is not None and entry[0] is self._tape:
+                self._tape.own.add(entry[1])
+
+    def cut(self) -> Piece:
+        """What was recorded since `start`."""
+        tape = self._tape
+        alive = set()
+        categories = np.full(len(tape.sizes), TEMPORARY, dtype=np.int8)
+        marks = iter([*sorted(set(tape.backwards)), -1])
+        mark = next(marks)
+        for event, storage in enumerate([*tape.order, 0]):
+            while mark == event:
+                categories[list(alive)] = ACTIVATIONS
+                mark = next(marks)
+            if event == len(tape.order):
+                break
+            if storage >= 0:
+                alive.add(storage)
+            else:
+                alive.discard(~storage)
+        gradients = {storage for _, storage, _ in tape.arrivals}
+        categories[list(gradients)] = GRADIENTS
+        categories[list(tape.own)] = 0
+        return Piece(
+            order=np.array(tape.order, dtype=np.int64),
+            sizes=np.array(tape.sizes, dtype=np.float64),
+            categories=categories,
+            makers=np.array(tape.makers, dtype=np.int32),
+            names=tuple(self._names),
+            arrivals=tuple(tape.arrivals),
+            left=tuple(sorted(alive - gradients)),
+            work=Work(
+                flops=np.array(tape.flops, dtype=np.float64),
+                bytes=np.array(tape.bytes, dtype=np.float64),
+                kinds=np.array(tape.kinds, dtype=np.int8),
+                half=np.array(tape.half, dtype=np.bool_),
+                host_bytes=tape.host_bytes,
+            ),
+        )
+
+    # Operations.
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _READS and isinstance(args[0], FakeTensor):
+            dtype = args[0].dtype
+            as_bool = dtype == torch.bool or func is torch.ops.aten.is_nonzero.default
+            return False if as_bool else 0.0 if dtype.is_floating_point else 0
+        if any(_is_wrapper(t) for t in types):
+            return NotImplemented
+        out = func(*args, **kwargs)
+        if isinstance(out, Tensor):
+            results = (out,)
+        elif isinstance(out, tuple | list):
+            results = tuple(t for t in out if isinstance(t, Tensor))
+        else:
+            results = ()
+        operation = _known(func)
+        for tensor in results:
+            self._see(tensor, operation.name)
+        if not operation.free:
+            self._count(func, operation, args, kwargs, out, results)
+        return out
+
+    def _see(self, tensor: Tensor, name: str) -> None:
+        if not host.has_storage(tensor):
+            return
+        known = self._storages.get(tensor)
+        size_bytes = tensor.untyped_storage().nbytes()
+        if known is not None:
+            if known[0] is not self._tape or self._tape.sizes[known[1]] == size_bytes:
+                return
+            self._tape.order.append(~known[1])  # resized: another request
+        elif host.allocating_on_host() or host.is_host(tensor):
+            return
+        tape = self._tape
+        index = len(tape.sizes)
+        tape.sizes.append(size_bytes)
+        tape.makers.append(self._maker(name))
+        tape.order.append(index)
+        self._storages.set(tensor, (tape, index))
+
+    def _freed(self, entry: tuple[_Tape, int]) -> None:
+        tape, index = entry
+        if tape is self._tape:
+            tape.order.append(~index)
+
+    def _count(
+        self, func: Any, operation: _Operation, args: Any, kwargs: Any, out: Any, results: tuple[Tensor, ...]
+    ) -> None:
+        tape = self._tape
+        operands = [value for value in args if isinstance(value, Tensor)]
+        if len(operands) < len(args):
+            operands += [t for a in args if isinstance(a, list | tuple) for t in a if isinstance(t, Tensor)]
+        if kwargs:
+            operands += [value for value in kwargs.values() if isinstance(value, Tensor)]
+        if func is torch.ops.aten.copy_.default and host.is_host(args[0]) != host.is_host(args[1]):
+            tape.host_bytes += args[0].nbytes
+            return
+        if operands and all(host.is_host(t) for t in operands):
+            return  # the host's processor does it
+        tape.bytes.append(float(sum(t.nbytes for t in operands) + sum(t.nbytes for t in results)))
+        flops = 0.0
+        if operation.flops is not None:
+            try:
+                flops = float(operation.flops(*args, **kwargs, out_val=out))
+            except (TypeError, ValueError, NotImplementedError):
+                flops = 0.0
+        tape.flops.append(flops)
+        tape.kinds.append(operation.kind)
+        tape.half.append(bool(operands) and operands[-1].element_size() == 2)
+
+    # Names.
+
+    def _maker(self, operation: str) -> int:
+        if torch._C._current_graph_task_id() != -1:
+            node = torch._C._current_autograd_node()
+            where = f"{self._module_of(node)}, backward" if node is not None else "backward"
+        else:
+            where = self._modules[-1]
+        return self._names.setdefault(f"{operation} in {where}" if where else operation, len(self._names))
+
+    def _module_of(self, node: Any) -> str:
+        place = bisect_right(self._spans, node._sequence_nr(), key=lambda span: span[0]) - 1
+        return self._spans[place][1] if place >= 0 else ""
+
+    def _enter(self, module: nn.Module, _: Any) -> None:
+        self._modules.append(self._paths.get(module, self._modules[-1]))
+        self._note_span()
+
+    def _leave(self, module: nn.Module, _: Any, __: Any) -> None:
+        if len(self._modules) > 1:
+            self._modules.pop()
+        self._note_span()
+
+    def _note_span(self) -> None:
+        number = torch.autograd._get_sequence_nr()
+        if self._spans and self._spans[-1][0] >= number:
+            if self._spans[-1][0] == number:
+                self._spans[-1] = (number, self._modules[-1])
+            return  # a recomputation in another thread of autograd counts by itself
+        self._spans.append((number, self._modules[-1]))
+
+    def _arrived(self, index: int, param: nn.Parameter) -> None:
+        if param.grad is None:
+            return
+        entry = self._storages.get(param.grad)
+        if entry is not None and entry[0] is self._tape:
+            self._tape.arrivals.append((len(self._tape.order), entry[1], index))
+
+
+@cache
+def _is_wrapper(kind: type) -> bool:
+    """Whether tensors of this type are made of others, which come here by themselves."""
+    return kind is not FakeTensor and hasattr(kind, "__tensor_flatten__") and hasattr(kind, "__tensor_unflatten__")
+
+
+_READS = (
+    torch.ops.aten._local_scalar_dense.default,
+    torch.ops.aten.item.default,
+    torch.ops.aten.is_nonzero.default,
+)
+_FREE = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "detach", "lift_fresh", "set_")
+
+
+@cache
+def _known(func: Any) -> _Operation:
+    packet = func._overloadpacket
+    short = packet.__name__
+    return _Operation(
+        name=f"{func.namespace}.{short}" if func.namespace != "aten" else short,
+        free=bool(getattr(func, "is_view", False)) or short in _FREE or func.namespace == "prim",
+        kind=_kind(short),
+        flops=flop_registry.get(packet),
+    )
+
+
+def _kind(name: str) -> int:
+    if "attention" in name:
+        return ATTENTION
+    if "convolution" in name or "conv" in name:
+        return CONVOLUTION
+    if name in ("mm", "addmm", "bmm", "baddbmm", "_scaled_mm", "linear", "matmul"):
+        return MATMUL
+    return MEMORY
+
+
+def rounded(sizes: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Requests as the allocator rounds them: up to multiples of 512, int64."""
+    return (-(-np.round(sizes).astype(np.int64) // 512) * 512).clip(min=0)

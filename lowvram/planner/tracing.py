@@ -1,0 +1,322 @@
+"""Pieces of a training step, each recorded on fake tensors: a phase's micro-batch, an update, an average, a sample.
+
+A whole step under any policy is put together from them (`compose`).
+"""
+
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
+
+from lowvram.memory import host
+from lowvram.memory.apply import Applied
+from lowvram.memory.ladder import PhaseFacts
+from lowvram.memory.policy import MemoryPolicy, OptimizerPolicy
+from lowvram.phase import Phase
+from lowvram.planner.log import AVERAGE, OPTIMIZER, TEMPORARY, WEIGHTS
+from lowvram.planner.record import Piece, Recorder
+from lowvram.planner.subject import Subject, fake_card
+
+
+@dataclass(frozen=True, kw_only=True)
+class Structure:
+    """What of a policy changes the operations of a phase, beside its activations.
+
+    weights: of all optimizers, on the device or streamed. weights_dtype, precision, attention: as in MemoryPolicy.
+    """
+
+    weights: str = "device"
+    weights_dtype: str = "fp32"
+    precision: str = "fp32"
+    attention: str = "sdpa"
+
+    @classmethod
+    def of(cls, policy: MemoryPolicy) -> "Structure":
+        """The structure of a policy whose optimizers agree in it."""
+        one = next(iter(policy.optimizers.values()), OptimizerPolicy())
+        return cls(
+            weights=one.weights,
+            weights_dtype=one.weights_dtype,
+            precision=policy.precision,
+            attention=policy.attention,
+        )
+
+    def policy(self, optimizers: Sequence[str]) -> MemoryPolicy:
+        """The policy under which pieces are recorded."""
+        streams = self.weights == "stream"
+        own = OptimizerPolicy(
+            weights=self.weights, weights_dtype=self.weights_dtype, update="deferred" if streams else "after"
+        )
+        return MemoryPolicy(
+            precision=self.precision, attention=self.attention, optimizers=dict.fromkeys(optimizers, own)
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One piece to record: `what` is "phase", "update", "average" or "sample".
+
+    name: of the phase or the optimizer. samples: in the micro-batch or the slice. runs: micro-batches one after the
+    other, with streamed weights.
+    """
+
+    structure: Structure
+    what: str
+    name: str = ""
+    samples: int = 0
+    runs: int = 1
+    activations: str = "keep"
+    recompute_every: int = 1
+    optimizer: OptimizerPolicy = field(default_factory=OptimizerPolicy)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Residents:
+    """What is there throughout: sizes in bytes by place in log.CATEGORIES."""
+
+    sizes: tuple[tuple[int, int], ...]  # (category, bytes)
+
+    def total_bytes(self, category: int) -> int:
+        """Of one category."""
+        return sum(size for kind, size in self.sizes if kind == category)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recorded:
+    """What a job gave.
+
+    residents: of an update its optimizer's state; of a phase with streams the device's slots. step_sizes: of an update
+    that begins inside the backward, the bytes that each parameter's gradient needs beside itself as it is complete.
+    """
+
+    piece: Piece
+    residents: Residents = Residents(sizes=())
+    step_sizes: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What planning needs to know of a subject.
+
+    phases: in the order of a step, with `every`, `terms` and `clips` beside the ladder's facts.
+    parameters_bytes: of each optimizer. block_bytes: the largest block's weights.
+    """
+
+    phases: tuple[PhaseFacts, ...]
+    every: dict[str, int]
+    terms: dict[str, int]
+    clips: dict[str, bool]
+    optimizers: tuple[str, ...]
+    residents: Residents
+    average_bytes: int
+    largest_block_bytes: int
+    parameter_bytes: dict[str, int]
+    samples_images: bool
+    own_precision: bool
+
+
+class Tracer:
+    """Records pieces of one subject under one structure. Use it within `tracer`."""
+
+    def __init__(self, subject: Subject, structure: Structure, recorder: Recorder, fakes: FakeTensorMode) -> None:
+        self.subject, self.structure, self.recorder, self._fakes = subject, structure, recorder, fakes
+        self.phases = {phase.name: phase for phase in subject.phases}
+        names: dict[int, str] = {}
+        for phase in subject.phases:
+            names.setdefault(id(phase.optimizer), phase.name)
+        self.applied = Applied(
+            structure.policy(list(names.values())),
+            subject.phases,
+            device=torch.device("cpu"),
+            averages=subject.averages,
+            own_precision=subject.own_precision,
+            zero_nonfinite=subject.zero_nonfinite,
+            blocks=subject.blocks,
+        )
+
+        for network in subject.networks.values():
+            recorder.know((*network.parameters(), *network.buffers()))
+        recorder.know(subject.resident)
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Tensors are fake within, and what is done is recorded."""
+        collects = gc.isenabled()
+        gc.disable()  # what is alive must not depend on when it runs
+        try:
+            with fake_card(self._fakes), self.recorder.recording():
+                yield
+        finally:
+            if collects:
+                gc.enable()
+
+    def record(self, job: Job) -> Recorded:
+        """The piece of a job."""
+        gc.collect()
+        recorded: Recorded = getattr(self, f"_{job.what}")(job)
+        return recorded
+
+    def facts(self) -> Facts:
+        """Of the subject."""
+        applied, subject = self.applied, self.subject
+        averaged = {id(average.target) for average in subject.averages}
+        sizes: list[tuple[int, int]] = []
+        average_bytes = 0
+        seen: set[int] = set()
+        for network in subject.networks.values():
+            kind = AVERAGE if id(network) in averaged else WEIGHTS
+            for tensor in (*network.parameters(), *network.buffers()):
+                sizes += _sizes([tensor], kind, seen)
+            # A redone step starts from a copy of the buffers (memory.recovery.Snapshot).
+            sizes += [(TEMPORARY, b.untyped_storage().nbytes()) for b in network.buffers()]
+        sizes += _sizes(subject.resident, TEMPORARY, seen)
+        if subject.batch_bytes:
+            sizes.append((TEMPORARY, subject.batch_bytes))
+        average_bytes = sum(size for kind, size in sizes if kind == AVERAGE)
+        by_optimizer: dict[str, dict[int, int]] = {}
+        for phase in subject.phases:
+            own = by_optimizer.setdefault(applied.optimizer_names[phase.name], {})
+            own.update({id(p): p.numel() * p.element_size() for p in phase.parameters()})
+        return Facts(
+            phases=tuple(applied.facts(phase) for phase in subject.phases),
+            every={phase.name: phase.every for phase in subject.phases},
+            terms={phase.name: phase.terms for phase in subject.phases},
+            clips={phase.name: phase.clip_norm is not None for phase in subject.phases},
+            optimizers=tuple(dict.fromkeys(applied.optimizer_names.values())),
+            residents=Residents(sizes=tuple(sizes)),
+            average_bytes=average_bytes,
+            largest_block_bytes=applied.largest_block_bytes(),
+            parameter_bytes={name: sum(own.values()) for name, own in by_optimizer.items()},
+            samples_images=subject.sample is not None,
+            own_precision=subject.own_precision,
+        )
+
+    # Jobs.
+
+    def _phase(self, job: Job) -> Recorded:
+        phase = self.phases[job.name]
+        self.applied.change(
+            self.applied.policy.with_phase(
+                job.name, activations=job.activations, recompute_every=job.recompute_every, micro_batch=None
+            )
+        )
+        streams = self.structure.weights == "stream"
+        updater = self.applied.updater(phase)
+        if streams:  # once before, so that what a first run makes is there
+            self._run(phase, job)
+            updater.finish(torch.zeros([]), None)
+        self.recorder.start()
+        with self._marked(updater), self.recorder.collecting(phase.parameters()):
+            self._run(phase, job)
+        if streams:
+            updater.finish(torch.zeros([]), None)
+        piece = self.recorder.cut()
+        updater.discard()
+        self.applied.settle()
+        gc.collect()
+        return Recorded(
+            piece=piece, residents=Residents(sizes=tuple((WEIGHTS, size) for size in self.applied.slot_sizes_bytes()))
+        )
+
+    def _run(self, phase: Phase, job: Job) -> None:
+        def micro_batches() -> Iterator[Any]:
+            for _ in range(job.runs):
+                yield self.subject.micro_batch(phase, job.samples)
+
+        with self.applied.running(phase):
+            self.applied.accumulate(phase, micro_batches())
+
+    @contextmanager
+    def _marked(self, updater: Any) -> Iterator[None]:
+        backward = updater.backward
+
+        def marked(loss: Tensor) -> None:
+            self.recorder.backward_begins()
+            backward(loss)
+
+        with mock.patch.object(updater, "backward", marked):
+            yield
+
+    def _update(self, job: Job) -> Recorded:
+        updater = self.applied.another_updater(job.name, job.optimizer)
+        state: list[Any] = []
+        for bucket in updater.buckets.values():
+            for part in bucket.parts:
+                state += tree_leaves([list(values.values()) for values in part.optimizer.state.values()])
+        residents = Residents(sizes=tuple(_sizes((s for s in state if isinstance(s, Tensor)), OPTIMIZER, set())))
+        params = updater.params
+        step_sizes = []
+        with updater.collecting():
+            for param in params:
+                param.grad = torch.empty_like(param)
+                if job.optimizer.update == "after":
+                    continue
+                self.recorder.start()
+                updater.take_gradient(param)
+                live = _peak(self.recorder.cut())
+                step_sizes.append(live)
+        self.recorder.start()
+        updater.finish(torch.zeros([]), 1.0 if self._clips(job.name) else None)
+        piece = self.recorder.cut()
+        updater.close()
+        for param in params:
+            param.grad = None
+        return Recorded(piece=piece, residents=residents, step_sizes=tuple(step_sizes))
+
+    def _clips(self, optimizer: str) -> bool:
+        return any(
+            phase.clip_norm is not None
+            for phase in self.subject.phases
+            if self.applied.optimizer_names[phase.name] == optimizer
+        )
+
+    def _average(self, job: Job) -> Recorded:
+        self.recorder.start()
+        for average in self.subject.averages:
+            average.update(100_000, 1)
+        return Recorded(piece=self.recorder.cut())
+
+    def _sample(self, job: Job) -> Recorded:
+        assert self.subject.sample is not None
+        self.recorder.start()
+        self.subject.sample(job.samples)
+        return Recorded(piece=self.recorder.cut())
+
+
+def _sizes(tensors: Any, category: int, seen: set[int]) -> list[tuple[int, int]]:
+    out = []
+    for tensor in tensors:
+        if not host.has_storage(tensor) or host.is_host(tensor):
+            continue
+        storage = tensor.untyped_storage()
+        if storage._cdata not in seen:
+            seen.add(storage._cdata)
+            out.append((category, storage.nbytes()))
+    return out
+
+
+def _peak(piece: Piece) -> int:
+    storages = np.where(piece.order >= 0, piece.order, ~piece.order)
+    if not len(storages):
+        return 0
+    return int(np.cumsum(np.where(piece.order >= 0, 1, -1) * piece.sizes[storages]).max())
+
+
+@contextmanager
+def tracer(build: Callable[[], Subject], structure: Structure) -> Iterator[Tracer]:
+    """A subject built on fake tensors, and what records its pieces. Only within `Tracer.active` are tensors fake."""
+    with fake_card() as fakes:
+        subject = build()
+        made = Tracer(subject, structure, Recorder(subject.networks), fakes)
+    try:
+        yield made
+    finally:
+        subject.restore()

@@ -1,0 +1,32 @@
+"""CPU tensors that stand for a card's: what a trace runs on where there is no card (lowvram.planner).
+
+The few places that choose by device (memory formats, precision) ask here.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+_depth = 0  # for every thread: autograd has its own
+
+
+@contextmanager
+def cuda() -> Iterator[None]:
+    """Within, tensors on the CPU stand for a CUDA card's, and hold no numbers that would matter."""
+    global _depth
+    _depth += 1
+    try:
+        yield
+    finally:
+        _depth -= 1
+
+
+def active() -> bool:
+    """Whether CPU tensors stand for a card's."""
+    return _depth > 0
+
+
+def is_gpu(device: torch.device) -> bool:
+    """Whether the device is a GPU, or stands for one."""
+    return device.type != "cpu" or active()
