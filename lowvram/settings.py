@@ -16,6 +16,7 @@ PRECISIONS = ("auto", "fp32", "fp16", "bf16")
 LOGGERS = ("none", "tensorboard", "wandb")
 AUGMENT_MODES = ("none", "fixed", "ada")
 PIPELINES = ("blit", "geom", "color", "filter", "noise", "cutout", "bg", "bgc", "bgcf", "bgcfn", "bgcfnc")
+R1_KINDS = ("exact", "finite_difference")
 PHASES = ("G", "path_length", "D", "R1")
 MEMORY_CHOICES = {
     "activations": ("keep", "recompute", "offload"),
@@ -84,6 +85,8 @@ class LossSettings:
     path_length_batch_shrink: int
     path_length_decay: float
     style_mixing: float
+    r1_kind: str = "exact"  # defaults, because runs from before these two settings have none in their recipe
+    r1_sigma: float = 0.01
 
     def __post_init__(self) -> None:
         for name in ("r1_every", "path_length_every"):
@@ -94,6 +97,11 @@ class LossSettings:
         _fraction("loss.path_length_decay", self.path_length_decay)
         if self.r1_gamma is not None:
             _at_least("loss.r1_gamma", self.r1_gamma, 0)
+        _one_of("loss.r1_kind", self.r1_kind, R1_KINDS)
+        if not 0 < self.r1_sigma <= 1:
+            raise LowVRAMError(
+                f"loss.r1_sigma={self.r1_sigma} must lie in (0, 1]: images lie in [-1, 1].", "A usual value is 0.01."
+            )
 
 
 @dataclass(kw_only=True)

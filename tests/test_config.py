@@ -87,6 +87,11 @@ def test_vram_counts_as_on_the_box(text: str, wanted: int) -> None:
         (["augment.pipeline=bgz"], "bgz", "bgc"),
         (["augment.p=1.5"], "augment.p=1.5", "fraction"),
         (["kimg=0"], "kimg=0", "thousands"),
+        (["loss.r1_kind=exakt"], "loss.r1_kind=exakt", "exact, finite_difference"),
+        (["loss.r1_sigma=0"], "loss.r1_sigma=0", "0.01"),
+        (["loss.r1_sigma=-0.01"], "loss.r1_sigma=-0.01", "0.01"),
+        (["loss.r1_sigma=2"], "loss.r1_sigma=2", "0.01"),
+        (["loss.r1_sigma=nan"], "loss.r1_sigma=nan", "0.01"),
         (["optimizer.lr=0"], "optimizer.lr=0", "0.0025"),
         (["optimizer.beta2=1"], "beta2=1", "0.99"),
         (["data.on_bad_file=stop"], "stop", "skip, error"),
@@ -99,6 +104,14 @@ def test_wrong_values_are_named_with_a_remedy(overrides: list[str], problem: str
         load_recipe("faces32", overrides)
     assert problem in error.value.problem
     assert remedy in error.value.remedy
+
+
+def test_a_saved_recipe_from_before_the_kinds_of_r1_has_the_exact_one() -> None:
+    recipe = load_recipe("faces32")
+    values = settings_values(recipe)
+    del values["loss"]["r1_kind"], values["loss"]["r1_sigma"]
+    assert settings_from(values) == recipe
+    assert recipe.loss.r1_kind == "exact"
 
 
 def test_unknown_recipes_get_the_nearest_names(tmp_path: Path) -> None:

@@ -40,6 +40,19 @@ def r1_penalty(logits: Tensor, images: Tensor) -> Tensor:
     return grad.square().sum(dim=tuple(range(1, grad.ndim)))
 
 
+def r1_difference_penalty(moved_logits: Tensor, logits: Tensor, sigma: float) -> Tensor:
+    """R1 estimated from one random step, ((D(x + sigma eps) - D(x)) / sigma)^2 (arXiv 2501.08316, approximated R1).
+
+    moved_logits, logits: [B, 1] or [B] of x + sigma eps and of x, eps standard normal and as large as x. Returns [B].
+    First-order: no derivative by the images. For small sigma its mean over eps is `r1_penalty` where a logit depends
+    on its own image alone, and it takes the same weight (the paper's is sigma^2 times another); the standard deviation
+    of one value is sqrt(2) times its mean.
+
+    The gradient is the sum of those with either argument detached, so that one graph at a time is enough.
+    """
+    return ((moved_logits - logits) / sigma).square().reshape(len(logits))
+
+
 def path_lengths(images: Tensor, ws: Tensor, noise: Tensor) -> Tensor:
     """Length of the Jacobian-vector product J_w^T y (StyleGAN2, section 3.2, equation 4).
 

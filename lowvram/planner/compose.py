@@ -5,12 +5,12 @@ each new gradient is added to them and gone. How a policy takes gradients decide
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lowvram.planner.log import CATEGORIES, TEMPORARY, Requests, Work
+from lowvram.planner.log import CATEGORIES, TEMPORARY, Requests
 from lowvram.planner.record import Piece, rounded
 
 Ints = NDArray[np.int64]
@@ -29,55 +29,22 @@ class Taking:
     step_sizes: tuple[int, ...] = ()
 
 
-def at(one: Piece, two: Piece, first: int, second: int, samples: int) -> Piece | None:
-    """The piece of `samples` from those of `first` and `second`; None if their operations differ.
+def scaled(piece: Piece, share: float) -> Piece:
+    """The piece of so much larger or smaller a batch, of one recorded with a multiple of `record.PRIME` samples."""
 
-    Every tensor of a batch has a size that is affine in the number of samples.
-    """
-    if one.order.shape != two.order.shape or not np.array_equal(one.order, two.order):
-        return None
-    if not np.array_equal(one.makers, two.makers) or one.names != two.names or len(one.work) != len(two.work):
-        return None
-    weight = (samples - first) / (second - first)
+    def rescaled(whole: NDArray[np.float64], grows: NDArray[np.float64] | NDArray[np.bool_]) -> NDArray[np.float64]:
+        if grows.dtype == np.bool_:
+            grows = np.where(grows, whole, 0.0)
+        result: NDArray[np.float64] = whole - grows + grows * share
+        return result
 
-    def mix(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
-        return np.maximum(a + (b - a) * weight, 0.0)
-
-    work = Work(
-        flops=mix(one.work.flops, two.work.flops),
-        bytes=mix(one.work.bytes, two.work.bytes),
-        kinds=one.work.kinds,
-        half=one.work.half,
-        host_bytes=max(0.0, one.work.host_bytes + (two.work.host_bytes - one.work.host_bytes) * weight),
+    work = replace(
+        piece.work,
+        flops=rescaled(piece.work.flops, piece.scaled_flops),
+        bytes=rescaled(piece.work.bytes, piece.scaled_bytes),
+        host_bytes=piece.work.host_bytes + piece.scaled_host_bytes * (share - 1),
     )
-    return Piece(
-        order=one.order,
-        sizes=mix(one.sizes, two.sizes),
-        categories=one.categories,
-        makers=one.makers,
-        names=one.names,
-        arrivals=one.arrivals,
-        left=one.left,
-        work=work,
-    )
-
-
-def together(works: Iterable[tuple[Work, float]], host_bytes: float = 0.0) -> Work:
-    """Works one after the other, each so many times over (a whole number, or a share of it for lazy phases)."""
-    parts = [(work, times) for work, times in works if times]
-    if not parts:
-        empty = np.zeros(0)
-        return Work(
-            flops=empty, bytes=empty, kinds=empty.astype(np.int8), half=empty.astype(np.bool_), host_bytes=host_bytes
-        )
-    repeats = [max(1, round(times)) for _, times in parts]
-    return Work(
-        flops=np.concatenate([np.tile(w.flops, n) for (w, _), n in zip(parts, repeats, strict=True)]),
-        bytes=np.concatenate([np.tile(w.bytes, n) for (w, _), n in zip(parts, repeats, strict=True)]),
-        kinds=np.concatenate([np.tile(w.kinds, n) for (w, _), n in zip(parts, repeats, strict=True)]),
-        half=np.concatenate([np.tile(w.half, n) for (w, _), n in zip(parts, repeats, strict=True)]),
-        host_bytes=host_bytes + sum(work.host_bytes * times for work, times in parts),
-    )
+    return replace(piece, sizes=rescaled(piece.sizes, piece.scaled), work=work)
 
 
 @dataclass(kw_only=True)

@@ -15,7 +15,7 @@ from lowvram.planner.cards import Card
 from lowvram.planner.compose import Flow, Taking, Writer, flow
 from lowvram.planner.cost import Rates
 from lowvram.planner.log import AVERAGE, OPTIMIZER, Requests, Work
-from lowvram.planner.pieces import Pieces
+from lowvram.planner.pieces import Pieces, large
 from lowvram.planner.record import Piece
 from lowvram.planner.tracing import Facts, Job, Recorded, Structure
 
@@ -32,6 +32,7 @@ class PartCost:
     flops: float = 0.0
     host_bytes: float = 0.0
     gpu_seconds: float = 0.0
+    offloaded_bytes: float = 0.0  # on the host at one time
 
 
 class Estimator:
@@ -73,19 +74,15 @@ class Estimator:
             recompute_every=every if activations == "recompute" else 1,
         )
 
-    def jobs(self, phase: PhaseFacts, choice: Choice) -> list[Job]:
+    def wanted(self, phase: PhaseFacts, choice: Choice) -> Job:
         """What has to be recorded to know a choice."""
         job = self.job(phase, choice)
-        found = _anchors(phase) if job not in self.exact else None
-        if found is None or choice[1] == "offload":
-            return [job]
-        return [replace(job, samples=n) for n in found]
+        return job if job in self.exact else large(job, phase.group)
 
     def recorded(self, phase: PhaseFacts, choice: Choice) -> Recorded:
         """A phase's micro-batch."""
         job = self.job(phase, choice)
-        exact = job in self.exact or choice[1] == "offload"  # small tensors stay: operations differ with the batch
-        return self.pieces.like(job, None if exact else _anchors(phase))
+        return self.pieces.get(job) if job in self.exact else self.pieces.like(job, phase.group)
 
     def phase(self, phase: PhaseFacts, choice: Choice, own: OptimizerPolicy) -> PartCost:
         """One run of a phase under its optimizer's policy, its update not included unless weights stream."""
@@ -115,6 +112,7 @@ class Estimator:
             gpu_seconds=time.gpu_seconds * times,
             flops=float(piece.work.flops.sum()) * times,
             host_bytes=piece.work.host_bytes * times + host,
+            offloaded_bytes=piece.work.host_bytes / 2 if choice[1] == "offload" else 0.0,
         )
 
     def flows(self, phase: PhaseFacts, choice: Choice, own: OptimizerPolicy) -> list[Flow]:
@@ -179,8 +177,7 @@ class Estimator:
         return PartCost(peak_bytes=one.peak_bytes() + brought, seconds=0.0), one
 
     def _sampled(self, slice_: int) -> Recorded:
-        job = Job(structure=self.structure, what="sample", samples=slice_)
-        return self.pieces.like(job, (8, 16) if slice_ > 8 else None)
+        return self.pieces.like(Job(structure=self.structure, what="sample", samples=slice_), 1)
 
     def _alone(self, work: Work) -> float:
         """Seconds of work whose copies nothing runs beside."""
@@ -197,7 +194,9 @@ class Estimator:
             sizes += [(OPTIMIZER, size) for _, size in state]
         if self.streams:
             for phase in self.facts.phases:
-                slots = self.recorded(phase, (phase.group, "keep", 1)).residents.sizes
+                slots = self.recorded(
+                    phase, (phase.group, "offload" if phase.second_order else "keep", 1)
+                ).residents.sizes
                 if slots:
                     sizes += slots
                     break
@@ -244,11 +243,18 @@ class Estimator:
         return total, gpu
 
     def settle(self, policy: MemoryPolicy) -> None:
-        """Record the micro-batches of a policy themselves that were extrapolated to fewer samples."""
+        """Record the micro-batches of a policy themselves that a large batch tells too little of.
+
+        Where a dimension is 1 its stride is arbitrary, and kernels that cut a batch in parts have fewer of them;
+        offloading leaves small tensors where they are.
+        """
+        wanted = []
         for phase in self.facts.phases:
-            choice, found = choice_of(policy, phase), _anchors(phase)
-            if found is not None and choice[0] < found[0]:
-                self.exact.add(self.job(phase, choice))
+            choice = choice_of(policy, phase)
+            if choice[0] < max(8, 2 * phase.group) or choice[1] == "offload":
+                wanted.append(self.job(phase, choice))
+        self.pieces.want(wanted)
+        self.exact.update(wanted)
 
     def _own(self, policy: MemoryPolicy) -> dict[str, OptimizerPolicy]:
         return {name: policy.optimizer(name) for name in self.facts.optimizers}
@@ -270,9 +276,3 @@ def choice_of(policy: MemoryPolicy, phase: PhaseFacts) -> Choice:
     own = policy.phase(phase.name)
     samples = phase.samples_per_process
     return min(own.micro_batch or samples, samples), own.activations, own.recompute_every
-
-
-def _anchors(phase: PhaseFacts) -> tuple[int, int] | None:
-    """Two numbers of samples to interpolate from: large enough that no dimension is 1, whose strides are arbitrary."""
-    first = -(-max(8, 2 * phase.group) // phase.group) * phase.group
-    return (first, 2 * first) if phase.samples_per_process > first else None

@@ -23,7 +23,7 @@ class Requests:
 
     order: int64 [E]; a number s >= 0 allocates storage s, and ~s frees it. A storage may stay to the end.
     sizes: int64 [S], bytes, multiples of 512. categories: int8 [S], places in CATEGORIES.
-    makers: int32 [S], places in `names`: the operation that made it and the module, "aten.convolution in synthesis.b256".
+    makers: int32 [S], places in `names`: the operation that made it and the module, "convolution in G.b256".
     marks: (event, name), in order: the part of a step that begins there ("G", "path_length", "average" ...).
     """
 

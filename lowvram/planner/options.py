@@ -63,6 +63,7 @@ def options(
             (micro, activations, every)
             for activations, every in _activations(phase, tier, streams, fixed)
             for micro in _micro_batches(phase, fixed)
+            if not streams or micro < phase.samples_per_process or phase.samples_per_process == phase.group
         )
         for phase in facts.phases
     }
@@ -99,7 +100,7 @@ def _activations(phase: PhaseFacts, tier: int, streams: bool, fixed: Fixed) -> l
     if tier == 1:
         return [("keep", 1)]
     if phase.second_order:
-        return [("keep", 1), ("offload", 1)]
+        return [("offload", 1)] if streams else [("keep", 1), ("offload", 1)]
     if streams:
         return [("keep", 1)]  # streamed blocks are recomputed as it is
     return [("keep", 1), ("recompute", every)] if phase.has_blocks else [("keep", 1), ("offload", 1)]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from lowvram.planner import compose
+from lowvram.planner.record import LARGE
 from lowvram.planner.subject import Subject
 from lowvram.planner.tracing import Facts, Job, Recorded, Structure, Tracer, tracer
 
@@ -30,7 +31,6 @@ class Pieces:
         self._bench = _Bench(build)
         self._recorded: dict[Job, Recorded] = {}
         self._facts: dict[Structure, Facts] = {}
-        self._anchors: dict[Job, tuple[int, int]] = {}  # by a job without its samples
         self._pool = _pool(build, _safe_processes() if processes is None else processes)
         self.recordings = 0
 
@@ -50,7 +50,7 @@ class Pieces:
     def facts(self, structure: Structure) -> Facts:
         """Of the subject when it is held so."""
         if structure not in self._facts:
-            self._facts[structure] = self._run([Job(structure=structure, what="facts")])[0]
+            (self._facts[structure],) = self._run([Job(structure=structure, what="facts")])
         return self._facts[structure]
 
     def want(self, jobs: Iterable[Job]) -> None:
@@ -66,20 +66,23 @@ class Pieces:
             self.want([job])
         return self._recorded[job]
 
-    def like(self, job: Job, anchors: tuple[int, int] | None) -> Recorded:
-        """A piece from those of two other numbers of samples where their operations agree; else as recorded."""
-        if job in self._recorded or anchors is None or job.samples in anchors:
-            return self.get(job)
-        first, second = anchors
-        self.want([replace(job, samples=first), replace(job, samples=second)])
-        one, two = self.get(replace(job, samples=first)), self.get(replace(job, samples=second))
-        piece = compose.at(one.piece, two.piece, first, second, job.samples)
-        return self.get(job) if piece is None else replace(one, piece=piece)
+    def like(self, job: Job, unit: int) -> Recorded:
+        """A piece worked out from that of a very large batch: one recording serves all numbers of samples.
+
+        unit: samples that stay together.
+        """
+        base = self.get(large(job, unit))
+        return replace(base, piece=compose.scaled(base.piece, job.samples / (LARGE * unit)))
 
     def _run(self, jobs: list[Job]) -> list[Any]:
-        if self._pool is None or len(jobs) < 2:
+        if self._pool is None:
             return [self._bench.do(job) for job in jobs]
         return list(self._pool.map(_do, jobs))
+
+
+def large(job: Job, unit: int) -> Job:
+    """The job of which others are worked out."""
+    return replace(job, samples=LARGE * unit)
 
 
 class _Bench:

@@ -1,14 +1,22 @@
 """A recipe's task as a subject to plan for."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+from lowvram.memory.policy import MemoryPolicy
 from lowvram.phase import MicroBatch, Phase
+from lowvram.planner import make
+from lowvram.planner.cards import Card
+from lowvram.planner.options import LOSSES, ROUNDINGS, Fixed, check_allowed
+from lowvram.planner.plan import Plan
 from lowvram.planner.subject import Subject
-from lowvram.settings import Settings
+from lowvram.planner.tracing import Structure
+from lowvram.settings import PHASES, Settings, parse_bytes
 from lowvram.tasks import build_task
 
 
@@ -50,3 +58,96 @@ def seeds(n: int) -> Tensor:
     """Seeds of n samples, real numbers even in a trace."""
     with unset_fake_temporarily():
         return torch.arange(1, n + 1)
+
+
+def plan_recipe(settings: Settings, *, card: str | Card | None = None, allow: Collection[str] = ()) -> Plan:
+    """The plan for a recipe within `settings.vram`, on a card: see `make.place`.
+
+    What is allowed is used only if nothing fits without it.
+
+    Raises:
+        LowVRAMError: the budget, the card or an allowed change makes no sense.
+    """
+    check_allowed(allow)
+    where = make.place(None if settings.vram is None else parse_bytes("vram", settings.vram), card)
+    plan = make.make(_request(settings, ()), where)
+    for changed, changes in _changed(settings, allow):
+        if plan.fits:
+            break
+        plan = make.make(_request(changed, changes), where, allow=allow)
+    return plan
+
+
+def _request(settings: Settings, changes: tuple[str, ...]) -> make.Request:
+    names = phase_names(settings)
+    return make.Request(
+        build=subject_of(settings),
+        name=settings.recipe,
+        batch=settings.batch,
+        kimg=settings.kimg,
+        structure=Structure(attention=settings.memory.attention),
+        fixed=fixed_by(settings),
+        plain=with_micro_batches(MemoryPolicy.from_settings(settings, phases=names), settings, names),
+        changes=changes,
+    )
+
+
+def fixed_by(settings: Settings) -> Fixed:
+    """The settings of memory that the user named, which plans keep."""
+    phases: dict[str, dict[str, Any]] = {}
+    optimizers: dict[str, dict[str, str]] = {}
+    memory = settings.memory
+    for name in settings.overrides:
+        group, _, key = name.rpartition(".")
+        if group == "micro_batch":
+            phases.setdefault(key, {})["micro_batch"] = getattr(settings.micro_batch, key)
+        elif group == "memory.activations":
+            phases.setdefault(key, {})["activations"] = memory.activations[key]
+        elif group.removeprefix("memory.") in memory.by_optimizer():
+            column = group.removeprefix("memory.")
+            field_ = "kind" if column == "optimizer" else column
+            optimizers.setdefault(key, {})[field_] = memory.by_optimizer()[column][key]
+    if "memory.recompute_every" in settings.overrides:
+        for name in phase_names(settings):
+            phases.setdefault(name, {})["recompute_every"] = memory.recompute_every
+    ema = memory.ema if "memory.ema" in settings.overrides else None
+    return Fixed(phases=phases, optimizers=optimizers, ema=ema)
+
+
+def phase_names(settings: Settings) -> list[str]:
+    """The phases that a recipe trains."""
+    loss = settings.loss
+    used = {
+        "path_length": loss.path_length_every and loss.path_length_weight,
+        "R1": loss.r1_every and settings.r1_gamma,
+    }
+    return [name for name in PHASES if used.get(name, True)]
+
+
+def with_micro_batches(policy: MemoryPolicy, settings: Settings, names: Iterable[str]) -> MemoryPolicy:
+    """The policy with a recipe's own micro-batches written out."""
+    for name in names:
+        whole = settings.phase_batch(name)
+        policy = policy.with_phase(name, micro_batch=min(getattr(settings.micro_batch, name) or whole, whole))
+    return policy
+
+
+def _changed(settings: Settings, allow: Collection[str]) -> Iterator[tuple[Settings, tuple[str, ...]]]:
+    """The recipe with what was allowed, one change after the other; first other roundings alone."""
+    roundings = tuple(name for name in allow if name in ROUNDINGS)
+    if roundings:
+        yield settings, ()
+    changes: tuple[str, ...] = ()
+    for name in allow:
+        if name not in LOSSES:
+            continue
+        loss = settings.loss
+        if name == "pl_shrink":
+            loss = replace(loss, path_length_batch_shrink=min(settings.batch, 2 * loss.path_length_batch_shrink))
+            said = f"loss.path_length_batch_shrink={loss.path_length_batch_shrink}"
+        else:
+            loss = replace(loss, r1_kind="finite_difference")
+            said = "loss.r1_kind=finite_difference"
+        settings = replace(settings, loss=loss)
+        changes = (*changes, said)
+        yield settings, changes

@@ -15,11 +15,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from lowvram.memory import host
+from lowvram.planner import quick_fake
 from lowvram.planner.log import (
     ACTIVATIONS,
     ATTENTION,
@@ -31,12 +32,19 @@ from lowvram.planner.log import (
     Work,
 )
 
+QUICK = True
+# A batch of so many samples leaves its mark on every size that grows with it: no other dimension is a multiple of it.
+PRIME = 4099
+LARGE = 8 * PRIME  # such a batch: what cuts it into up to eight parts finds them equal
+
 
 @dataclass(kw_only=True)
 class Piece:
     """A recorded part of a training step. S storages, E events, N operations.
 
     order, sizes, categories, makers, names: as in `log.Requests`, but sizes are as asked for, not rounded.
+    scaled: bool [S], storages that grow with the number of samples. scaled_bytes: what of the work's bytes does, and
+        scaled_host_bytes of those between host and device; scaled_flops: bool [N], operations whose arithmetic does.
     arrivals: (event, storage, parameter) of each gradient as it is complete: the storage is the parameter's `grad` at
         that event; parameters are numbered as the phase lists them.
     left: storages that outlive the piece, gradients apart.
@@ -44,6 +52,10 @@ class Piece:
 
     order: NDArray[np.int64]
     sizes: NDArray[np.float64]
+    scaled: NDArray[np.bool_]
+    scaled_bytes: NDArray[np.float64]
+    scaled_flops: NDArray[np.bool_]
+    scaled_host_bytes: float
     categories: NDArray[np.int8]
     makers: NDArray[np.int32]
     names: tuple[str, ...]
@@ -57,6 +69,7 @@ class _Operation:
     """What is known of an operation whatever its operands: its kind, and how to count it."""
 
     name: str
+    view: bool
     free: bool  # views and uninitialised memory: nothing runs
     kind: int
     flops: Callable[..., Any] | None
@@ -71,9 +84,11 @@ class _Tape:
     backwards: list[int] = field(default_factory=list)  # events at which a backward begins
     flops: list[float] = field(default_factory=list)
     bytes: list[float] = field(default_factory=list)
+    scaled_bytes: list[float] = field(default_factory=list)
     kinds: list[int] = field(default_factory=list)
     half: list[bool] = field(default_factory=list)
     host_bytes: float = 0.0
+    scaled_host_bytes: float = 0.0
     own: set[int] = field(default_factory=set)  # storages that are weights, whatever they look like
 
 
@@ -83,8 +98,9 @@ class Recorder(TorchDispatchMode):
     networks: modules whose parts are named in the record.
     """
 
-    def __init__(self, networks: Mapping[str, nn.Module]) -> None:
+    def __init__(self, networks: Mapping[str, nn.Module], fakes: FakeTensorMode) -> None:
         super().__init__()
+        self._fakes = fakes
         self._tape = _Tape()
         self._names: dict[str, int] = {}
         self._storages = host.StorageTable[tuple[_Tape, int]](self._freed)
@@ -176,6 +192,10 @@ class Recorder(TorchDispatchMode):
         return Piece(
             order=np.array(tape.order, dtype=np.int64),
             sizes=np.array(tape.sizes, dtype=np.float64),
+            scaled=np.array([_grows(size) for size in tape.sizes], dtype=np.bool_),
+            scaled_bytes=np.array(tape.scaled_bytes, dtype=np.float64),
+            scaled_flops=np.array([_grows(flops) for flops in tape.flops], dtype=np.bool_),
+            scaled_host_bytes=tape.scaled_host_bytes,
             categories=categories,
             makers=np.array(tape.makers, dtype=np.int32),
             names=tuple(self._names),
@@ -194,13 +214,18 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func.namespace == "prim":
+            device = func is torch.ops.prim.device.default and type(args[0]) is FakeTensor
+            return args[0].fake_device if device else func(*args, **kwargs)
         if func in _READS and isinstance(args[0], FakeTensor):
             dtype = args[0].dtype
             as_bool = dtype == torch.bool or func is torch.ops.aten.is_nonzero.default
             return False if as_bool else 0.0 if dtype.is_floating_point else 0
         if any(_is_wrapper(t) for t in types):
             return NotImplemented
-        out = func(*args, **kwargs)
+        out = quick_fake.run(self._fakes, func, args, kwargs) if QUICK else NotImplemented
+        if out is NotImplemented:
+            out = func(*args, **kwargs)
         if isinstance(out, Tensor):
             results = (out,)
         elif isinstance(out, tuple | list):
@@ -208,14 +233,15 @@ class Recorder(TorchDispatchMode):
         else:
             results = ()
         operation = _known(func)
-        for tensor in results:
-            self._see(tensor, operation.name)
+        if not operation.view:
+            for tensor in results:
+                self._see(tensor, operation.name)
         if not operation.free:
             self._count(func, operation, args, kwargs, out, results)
         return out
 
     def _see(self, tensor: Tensor, name: str) -> None:
-        if not host.has_storage(tensor):
+        if type(tensor) is not FakeTensor and not host.has_storage(tensor):
             return
         known = self._storages.get(tensor)
         size_bytes = tensor.untyped_storage().nbytes()
@@ -248,10 +274,13 @@ class Recorder(TorchDispatchMode):
             operands += [value for value in kwargs.values() if isinstance(value, Tensor)]
         if func is torch.ops.aten.copy_.default and host.is_host(args[0]) != host.is_host(args[1]):
             tape.host_bytes += args[0].nbytes
+            tape.scaled_host_bytes += args[0].nbytes if _grows(args[0].nbytes) else 0
             return
         if operands and all(host.is_host(t) for t in operands):
             return  # the host's processor does it
-        tape.bytes.append(float(sum(t.nbytes for t in operands) + sum(t.nbytes for t in results)))
+        sizes = [t.nbytes for t in (*operands, *results)]
+        tape.bytes.append(float(sum(sizes)))
+        tape.scaled_bytes.append(float(sum(size for size in sizes if _grows(size))))
         flops = 0.0
         if operation.flops is not None:
             try:
@@ -301,6 +330,11 @@ class Recorder(TorchDispatchMode):
             self._tape.arrivals.append((len(self._tape.order), entry[1], index))
 
 
+def _grows(size: float) -> bool:
+    """Whether a size has the batch in it, when that is a multiple of PRIME."""
+    return size > 0 and size % PRIME == 0
+
+
 @cache
 def _is_wrapper(kind: type) -> bool:
     """Whether tensors of this type are made of others, which come here by themselves."""
@@ -321,7 +355,8 @@ def _known(func: Any) -> _Operation:
     short = packet.__name__
     return _Operation(
         name=f"{func.namespace}.{short}" if func.namespace != "aten" else short,
-        free=bool(getattr(func, "is_view", False)) or short in _FREE or func.namespace == "prim",
+        view=bool(getattr(func, "is_view", False)) and short not in _FREE,
+        free=bool(getattr(func, "is_view", False)) or short in _FREE,
         kind=_kind(short),
         flops=flop_registry.get(packet),
     )

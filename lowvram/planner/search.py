@@ -6,6 +6,7 @@ look into is looked into only where it could win: see `options`.
 """
 
 import itertools
+import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
@@ -18,9 +19,10 @@ from lowvram.planner.cards import Card
 from lowvram.planner.estimate import Choice, Estimator, choice_of
 from lowvram.planner.log import Requests
 from lowvram.planner.options import Fixed, Options, legal, options, policy_of
-from lowvram.planner.pieces import Pieces
+from lowvram.planner.pieces import Pieces, large
 from lowvram.planner.tracing import Job, Structure
 
+_ALIKE = 1.01  # times this close count as equal, for no model of time is better; then the simpler policy wins
 _RECOMPUTED = 1.15  # a phase that recomputes takes at least so many times as long
 _OFFLOADED = 0.8  # of the activations, offloading moves at least so much
 
@@ -35,6 +37,11 @@ class Candidate:
     live_bytes: int
     techniques: int
 
+    @property
+    def rank(self) -> tuple[int, int, float, int]:
+        """What is better comes first."""
+        return slowness(self.seconds), self.techniques, self.seconds, self.live_bytes
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Weighed:
@@ -44,6 +51,7 @@ class Weighed:
     requests: Requests
     replayed: Replay
     needed_bytes: int
+    settled: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +104,9 @@ class Search:
         best: Weighed | None = None
         for tier in self._tiers():
             best = self._best(tier, vram_bytes)
-            if best is not None and (tier == 3 or self._lower_bound(tier, best) >= best.candidate.seconds):
+            if best is not None and (
+                tier == 3 or slowness(self._lower_bound(tier, best)) >= slowness(best.candidate.seconds)
+            ):
                 break
         last = max(self._frontiers)
         return self._found(best, self._frontiers[last], vram_bytes)
@@ -105,7 +115,7 @@ class Search:
         """The thriftiest policy; the search goes on only until one needs no more than `below_bytes`."""
         found: Weighed | None = None
         for tier in self._tiers():
-            found = self.weigh(self.frontier(tier)[-1])
+            found = self.weigh(self.frontier(tier)[-1], settle=False)
             if found.needed_bytes <= below_bytes:
                 break
         assert found is not None
@@ -119,16 +129,19 @@ class Search:
             self._frontiers[tier] = _unbeaten([*before, *self._candidates(estimator, tier)])
         return self._frontiers[tier]
 
-    def weigh(self, candidate: Candidate) -> Weighed:
-        """What the allocator would reserve for a candidate."""
+    def weigh(self, candidate: Candidate, *, settle: bool = True) -> Weighed:
+        """What the allocator would reserve for a candidate. settle: record small micro-batches themselves."""
         found = self._weighed.get(candidate.policy)
-        if found is None:
-            candidate.estimator.settle(candidate.policy)
+        if found is None or (settle and not found.settled):
+            if settle:
+                candidate.estimator.settle(candidate.policy)
             requests = candidate.estimator.requests(candidate.policy)
             replayed = replay(requests)
             needed = calibration.needed_bytes(replayed.reserved_bytes, self.constants)
             needed += calibration.margin(replayed.reserved_bytes, self.constants)
-            found = Weighed(candidate=candidate, requests=requests, replayed=replayed, needed_bytes=needed)
+            found = Weighed(
+                candidate=candidate, requests=requests, replayed=replayed, needed_bytes=needed, settled=settle
+            )
             self._weighed[candidate.policy] = found
         return found
 
@@ -157,38 +170,43 @@ class Search:
         return needed + calibration.margin(candidate.live_bytes, self.constants)
 
     def _found(self, best: Weighed | None, frontier: list[Candidate], vram_bytes: int | None) -> Found:
-        least = self.weigh(frontier[-1])
+        least = self.weigh(frontier[-1], settle=best is None)
         if best is None:
             return Found(best=None, least=least, faster=(), slower=())
-        place = next((i for i, c in enumerate(frontier) if c.seconds >= best.candidate.seconds), len(frontier))
+        place = next((i for i, c in enumerate(frontier) if c.rank >= best.candidate.rank), len(frontier))
         rest = [c for c in frontier if c.policy != best.candidate.policy]
-        faster = [self.weigh(c) for c in rest[max(0, place - 2) : place]]
-        slower = dict.fromkeys([*(self.weigh(c) for c in rest[place : place + 1]), *([least] if rest[place:] else [])])
+        faster = [self.weigh(c, settle=False) for c in rest[max(0, place - 2) : place]]
+        slower = dict.fromkeys(
+            [*(self.weigh(c, settle=False) for c in rest[place : place + 1]), *([least] if rest[place:] else [])]
+        )
         return Found(best=best, least=least, faster=tuple(faster), slower=tuple(slower))
+
+    def _is_final(self, tier: int, best: Weighed) -> bool:
+        """Whether no higher tier has anything better."""
+        return tier == 3 or slowness(self._lower_bound(tier, best)) >= slowness(best.candidate.seconds)
 
     def _lower_bound(self, tier: int, best: Weighed) -> float:
         """Seconds of a step that no policy of the next tier beats, as far as is known without looking into it."""
         estimator = self.resident
         facts, policy = estimator.facts, best.candidate.policy
         plain = OptimizerPolicy(weights_dtype=estimator.structure.weights_dtype)
+        otherwise = 0.0  # every phase in the cheapest other way
         gain = 0.0  # of phases that could run whole if something else were moved out of the way
-        bound = 0.0
         for phase in facts.phases:
             whole: Choice = (_largest(phase, self.fixed), "keep", 1)
             at_best = estimator.phase(phase, whole, plain)
             now = estimator.phase(phase, choice_of(policy, phase), policy.optimizer(phase.optimizer)).seconds
             every = facts.every[phase.name]
             other = self._cheapest_other(estimator, phase, whole, at_best.seconds)
-            bound += min(now, max(other, at_best.seconds)) / every
+            otherwise += (other if tier == 2 else min(now, other)) / every
             gain += max(0.0, now - at_best.seconds) / every
-        others = sum(estimator.update(p.optimizer, plain).seconds / facts.every[p.name] for p in facts.phases)
-        bound += others + estimator.average("device").seconds
+        otherwise += sum(estimator.update(p.optimizer, plain).seconds / facts.every[p.name] for p in facts.phases)
+        otherwise += estimator.average("device").seconds
+        if tier == 2:  # the next streams: every block is recomputed
+            return otherwise
         moved = min([*facts.parameter_bytes.values(), *([facts.average_bytes] if facts.average_bytes else [])])
         transfer = moved / (self.card.pcie_bytes_per_second * estimator.rates.pcie)
-        if tier == 2:  # streaming recomputes every block, and moves all weights
-            bound = best.candidate.seconds - gain + transfer
-            return bound if gain < transfer else 0.0
-        return min(bound, best.candidate.seconds - gain + transfer)
+        return min(otherwise, best.candidate.seconds - gain + transfer)
 
     def _cheapest_other(self, estimator: Estimator, phase: PhaseFacts, whole: Choice, seconds: float) -> float:
         if not phase.second_order and phase.has_blocks:
@@ -258,19 +276,24 @@ def _jobs(estimator: Estimator, offered: Options) -> list[Job]:
     jobs: list[Job] = []
     for phase in estimator.facts.phases:
         for choice in offered.phases[phase.name]:
-            jobs += estimator.jobs(phase, choice)
+            jobs.append(estimator.wanted(phase, choice))
     jobs += [estimator.update_job(name, own) for name, owns in offered.optimizers.items() for own in owns]
     if estimator.facts.average_bytes:
         jobs.append(Job(structure=estimator.structure, what="average"))
     if estimator.facts.samples_images:
-        jobs += [Job(structure=estimator.structure, what="sample", samples=n) for n in (8, 16)]
+        jobs.append(large(Job(structure=estimator.structure, what="sample"), 1))
     return list(dict.fromkeys(jobs))
 
 
+def slowness(seconds: float) -> int:
+    """Of times that count as equal the same whole number, of longer ones a larger."""
+    return round(math.log(max(seconds, 1e-9)) / math.log(_ALIKE))
+
+
 def _unbeaten(candidates: list[Candidate]) -> list[Candidate]:
-    """Those that no other beats in both time and memory, the fastest first; of equals the simplest."""
+    """Those that need less memory than all that are better otherwise, the best and largest first."""
     kept: list[Candidate] = []
-    for one in sorted(candidates, key=lambda c: (round(c.seconds, 9), c.live_bytes, c.techniques)):
+    for one in sorted(candidates, key=lambda c: c.rank):
         if not kept or one.live_bytes < kept[-1].live_bytes:
             kept.append(one)
     return kept

@@ -20,6 +20,7 @@ from lowvram.memory import host
 from lowvram.memory.apply import Applied
 from lowvram.memory.ladder import PhaseFacts
 from lowvram.memory.policy import MemoryPolicy, OptimizerPolicy
+from lowvram.memory.update import Updater
 from lowvram.phase import Phase
 from lowvram.planner.log import AVERAGE, OPTIMIZER, TEMPORARY, WEIGHTS
 from lowvram.planner.record import Piece, Recorder
@@ -107,7 +108,7 @@ class Facts:
     """What planning needs to know of a subject.
 
     phases: in the order of a step, with `every`, `terms` and `clips` beside the ladder's facts.
-    parameters_bytes: of each optimizer. block_bytes: the largest block's weights.
+    parameter_bytes, state_bytes: of each optimizer. largest_block_bytes: its weights.
     """
 
     phases: tuple[PhaseFacts, ...]
@@ -119,6 +120,7 @@ class Facts:
     average_bytes: int
     largest_block_bytes: int
     parameter_bytes: dict[str, int]
+    state_bytes: dict[str, int]
     samples_images: bool
     own_precision: bool
 
@@ -195,6 +197,7 @@ class Tracer:
             average_bytes=average_bytes,
             largest_block_bytes=applied.largest_block_bytes(),
             parameter_bytes={name: sum(own.values()) for name, own in by_optimizer.items()},
+            state_bytes={name: _state_bytes(updater) for name, updater in applied.updaters.items()},
             samples_images=subject.sample is not None,
             own_precision=subject.own_precision,
         )
@@ -247,11 +250,7 @@ class Tracer:
 
     def _update(self, job: Job) -> Recorded:
         updater = self.applied.another_updater(job.name, job.optimizer)
-        state: list[Any] = []
-        for bucket in updater.buckets.values():
-            for part in bucket.parts:
-                state += tree_leaves([list(values.values()) for values in part.optimizer.state.values()])
-        residents = Residents(sizes=tuple(_sizes((s for s in state if isinstance(s, Tensor)), OPTIMIZER, set())))
+        residents = Residents(sizes=tuple(_sizes(_state_of(updater), OPTIMIZER, set())))
         params = updater.params
         step_sizes = []
         with updater.collecting():
@@ -291,6 +290,16 @@ class Tracer:
         return Recorded(piece=self.recorder.cut())
 
 
+def _state_of(updater: Updater) -> list[Tensor]:
+    parts = [part for bucket in updater.buckets.values() for part in bucket.parts]
+    values = tree_leaves([list(state.values()) for part in parts for state in part.optimizer.state.values()])
+    return [value for value in values if isinstance(value, Tensor)]
+
+
+def _state_bytes(updater: Updater) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in _state_of(updater))
+
+
 def _sizes(tensors: Any, category: int, seen: set[int]) -> list[tuple[int, int]]:
     out = []
     for tensor in tensors:
@@ -315,7 +324,7 @@ def tracer(build: Callable[[], Subject], structure: Structure) -> Iterator[Trace
     """A subject built on fake tensors, and what records its pieces. Only within `Tracer.active` are tensors fake."""
     with fake_card() as fakes:
         subject = build()
-        made = Tracer(subject, structure, Recorder(subject.networks), fakes)
+        made = Tracer(subject, structure, Recorder(subject.networks, fakes), fakes)
     try:
         yield made
     finally:
