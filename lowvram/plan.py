@@ -1,4 +1,4 @@
-"""`python -m lowvram.plan recipe=NAME vram=6GB [setting=value ...]`: will it fit, how, and at what cost; no GPU needed."""
+"""`python -m lowvram.plan recipe=NAME vram=6GB [setting=value ...]`: does it fit, how, at what cost. Needs no GPU."""
 
 import os
 import sys

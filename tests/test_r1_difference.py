@@ -90,7 +90,7 @@ def test_on_average_it_is_the_exact_penalty(tiny: Make) -> None:
             for seed in range(1, 301)
             for micro in phase.micro_batches(*batch(trainer), 0, seed)
         ]
-    # 2400 values with a standard deviation of sqrt(2) of their mean: 3% of it, and what curvature adds.
+    # 2400 values with a standard deviation of sqrt(2) times their mean: 3% of it, and what curvature adds.
     assert sum(drawn) / len(drawn) == pytest.approx(exact, rel=0.12)
 
 
@@ -132,15 +132,15 @@ def peak_bytes(trainer: Trainer, name: str) -> int:
 
 
 def test_it_takes_the_memory_of_phase_d_not_that_of_a_second_derivative(tiny: Make, tmp_path: Path) -> None:
-    wide = ("resolution=64", "model.channel_base=1024", "augment.mode=none")  # activations, not weights
+    # Several blocks whose activations count, beside small weights.
+    wide = ("resolution=64", "model.channel_base=512", "model.channel_max=64", "augment.mode=none")
     trainer = Trainer(tiny(KIND, *wide), quiet=True)
     plain = peak_bytes(trainer, "R1")
-    assert plain < 1.1 * peak_bytes(trainer, "D")
+    assert plain < 1.05 * peak_bytes(trainer, "D")
     recomputed = Trainer(tiny(KIND, *wide, "memory.activations.R1=recompute", f"out={tmp_path / 'again'}"), quiet=True)
-    assert peak_bytes(recomputed, "R1") < 0.9 * plain
+    assert peak_bytes(recomputed, "R1") < 0.85 * plain
     exact = Trainer(tiny(*wide, f"out={tmp_path / 'exact'}"), quiet=True)
-    print(plain, peak_bytes(trainer, "D"), peak_bytes(recomputed, "R1"), peak_bytes(exact, "R1"))
-    assert plain < 0.8 * peak_bytes(exact, "R1")
+    assert plain < 0.75 * peak_bytes(exact, "R1")
 
 
 def test_a_run_can_change_its_kind_of_r1(tiny: Make) -> None:

@@ -147,7 +147,7 @@ class Updater:
             )
 
     def take_gradient(self, param: nn.Parameter) -> None:
-        """A gradient is complete: step its parameter (fused), or send it to the host (deferred). Within `collecting`."""
+        """A gradient is complete: step its parameter (fused) or send it to the host (deferred). Within `collecting`."""
         if not self._collecting or param.grad is None:
             return
         grad, param.grad = param.grad, None

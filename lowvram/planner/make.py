@@ -58,9 +58,7 @@ def place(vram_bytes: int | None, card: str | Card | None = None) -> Place:
         LowVRAMError: nobody makes such a card, it has less than the budget, or the budget leaves nothing to train with.
     """
     if vram_bytes is not None and vram_bytes > _MOST_BYTES:
-        raise LowVRAMError(
-            f"vram={in_gb(vram_bytes)} is more than any card has.", "Write your card's memory: vram=8GB."
-        )
+        raise LowVRAMError(f"vram={in_gb(vram_bytes)} is more than any card has.", "Write what yours has: vram=8GB.")
     if isinstance(card, str):
         card = cards.find(card)
     if card is None and torch.cuda.is_available():

@@ -25,7 +25,7 @@ def subject_of(settings: Settings) -> Callable[[], Subject]:
 
     def build() -> Subject:
         device = torch.device("cpu")
-        task = build_task(settings, device)
+        task = build_task(_as_later(settings), device)
         task.prepare_training()
         shape = (3, settings.resolution, settings.resolution)
 
@@ -52,6 +52,11 @@ def subject_of(settings: Settings) -> Callable[[], Subject]:
         )
 
     return build
+
+
+def _as_later(settings: Settings) -> Settings:
+    """Augmentation that starts at p = 0 costs nothing at first; a plan is for the time when it does."""
+    return replace(settings, augment=replace(settings.augment, p=settings.augment.p or 0.5))
 
 
 def seeds(n: int) -> Tensor:

@@ -172,7 +172,7 @@ class Recorder(TorchDispatchMode):
     def cut(self) -> Piece:
         """What was recorded since `start`."""
         tape = self._tape
-        alive = set()
+        alive: set[int] = set()
         categories = np.full(len(tape.sizes), TEMPORARY, dtype=np.int8)
         marks = iter([*sorted(set(tape.backwards)), -1])
         mark = next(marks)
@@ -226,12 +226,11 @@ class Recorder(TorchDispatchMode):
         out = quick_fake.run(self._fakes, func, args, kwargs) if QUICK else NotImplemented
         if out is NotImplemented:
             out = func(*args, **kwargs)
+        results: tuple[Tensor, ...] = ()
         if isinstance(out, Tensor):
             results = (out,)
         elif isinstance(out, tuple | list):
             results = tuple(t for t in out if isinstance(t, Tensor))
-        else:
-            results = ()
         operation = _known(func)
         if not operation.view:
             for tensor in results:

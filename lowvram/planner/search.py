@@ -176,9 +176,8 @@ class Search:
         place = next((i for i, c in enumerate(frontier) if c.rank >= best.candidate.rank), len(frontier))
         rest = [c for c in frontier if c.policy != best.candidate.policy]
         faster = [self.weigh(c, settle=False) for c in rest[max(0, place - 2) : place]]
-        slower = dict.fromkeys(
-            [*(self.weigh(c, settle=False) for c in rest[place : place + 1]), *([least] if rest[place:] else [])]
-        )
+        next_ = [self.weigh(c, settle=False) for c in rest[place : place + 1]]
+        slower = dict.fromkeys([*next_, *([least] if next_ else [])])
         return Found(best=best, least=least, faster=tuple(faster), slower=tuple(slower))
 
     def _is_final(self, tier: int, best: Weighed) -> bool:
