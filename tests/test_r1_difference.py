@@ -38,14 +38,16 @@ def gradients(trainer: Trainer) -> tuple[float, dict[str, Tensor]]:
 
 
 def formula(trainer: Trainer, micro: MicroBatch, sigma: float) -> tuple[float, dict[str, Tensor]]:
-    """gamma / 2 ((D(A(x + sigma eps)) - D(A(x))) / sigma)^2 in one graph."""
+    """gamma / 2 ((D(A(x + sigma eps)) - D(A(x - sigma eps))) / (2 sigma))^2 in one graph."""
     task, seeds = trainer.task, micro.seeds
     x = micro.images.float() / 127.5 - 1
     eps = torch.stack([seeded.randn(seeds[i : i + 1], 3, 16, 16, stream="r1")[0] for i in range(len(seeds))])
     parameters = dict(task.D.named_parameters())
     with r1(trainer).trainable():
-        logits, moved = (task.D(task.augment(images, seeds, stream="augment.real")) for images in (x, x + sigma * eps))
-        loss = trainer.recipe.r1_gamma / 2 * ((moved - logits) / sigma).square().mean()
+        behind, ahead = (
+            task.D(task.augment(images, seeds, stream="augment.real")) for images in (x - sigma * eps, x + sigma * eps)
+        )
+        loss = trainer.recipe.r1_gamma / 2 * ((ahead - behind) / (2 * sigma)).square().mean()
         grads = torch.autograd.grad(loss, list(parameters.values()))
     return loss.item(), dict(zip(parameters, grads, strict=True))
 

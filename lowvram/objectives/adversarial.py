@@ -40,17 +40,18 @@ def r1_penalty(logits: Tensor, images: Tensor) -> Tensor:
     return grad.square().sum(dim=tuple(range(1, grad.ndim)))
 
 
-def r1_difference_penalty(moved_logits: Tensor, logits: Tensor, sigma: float) -> Tensor:
-    """R1 estimated from one random step, ((D(x + sigma eps) - D(x)) / sigma)^2 (arXiv 2501.08316, approximated R1).
+def r1_difference_penalty(ahead_logits: Tensor, behind_logits: Tensor, sigma: float) -> Tensor:
+    """R1 estimated by a central difference, ((D(x + sigma eps) - D(x - sigma eps)) / (2 sigma))^2.
 
-    moved_logits, logits: [B, 1] or [B] of x + sigma eps and of x, eps standard normal and as large as x. Returns [B].
-    First-order: no derivative by the images. For small sigma its mean over eps is `r1_penalty` where a logit depends
-    on its own image alone, and it takes the same weight (the paper's is sigma^2 times another); the standard deviation
-    of one value is sqrt(2) times its mean.
+    ahead_logits, behind_logits: [B, 1] or [B] of x + sigma eps and x - sigma eps, eps standard normal and as large as
+    x. Returns [B]. First-order: no derivative by the images. Its mean over eps is `r1_penalty` where a logit depends on
+    its own image alone, up to third derivatives, and takes the same weight; the standard deviation of one value is
+    sqrt(2) times its mean. The one-sided difference of the approximated R1 of arXiv 2501.08316 would also count
+    curvature, which for a discriminator that tells noise is many times R1 (measured: benchmarks/LOG.md).
 
     The gradient is the sum of those with either argument detached, so that one graph at a time is enough.
     """
-    return ((moved_logits - logits) / sigma).square().reshape(len(logits))
+    return ((ahead_logits - behind_logits) / (2 * sigma)).square().reshape(len(ahead_logits))
 
 
 def path_lengths(images: Tensor, ws: Tensor, noise: Tensor) -> Tensor:
