@@ -50,7 +50,7 @@ def load_recipe(recipe: str, overrides: list[str] | None = None) -> Settings:
     Raises:
         LowVRAMError: the recipe, a setting or a value is not known, or settings contradict each other.
     """
-    overrides = list(overrides or [])
+    overrides = short_forms(list(overrides or []))
     arguments = register_recipe_files([f"recipe={recipe}", *overrides])
     with friendly_errors(), initialize_config_module("lowvram.conf", version_base="1.3"):
         composed = compose("config", overrides=arguments)
@@ -81,6 +81,11 @@ def settings_values(settings: Settings) -> dict[str, Any]:
     values = dataclasses.asdict(settings)
     del values["overrides"]
     return values
+
+
+def short_forms(arguments: list[str]) -> list[str]:
+    """`memory=POLICY` as the setting it stands for: memory.policy=POLICY."""
+    return [f"memory.policy={a.removeprefix('memory=')}" if a.startswith("memory=") else a for a in arguments]
 
 
 def register_recipe_files(arguments: list[str]) -> list[str]:

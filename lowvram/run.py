@@ -2,6 +2,7 @@
 
 recipe.yaml          the settings, complete
 metrics.jsonl        one JSON object a line
+plan.json, plan.png  how the training was made to fit the card, where it was planned
 reals.png            images of the data set
 fakes_000000.png     samples, named by the thousands of images seen
 checkpoints/         step-XXXXXXXX folders (see lowvram.checkpoint)

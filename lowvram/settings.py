@@ -173,7 +173,8 @@ class MicroBatchSettings:
 class MemorySettings:
     """How memory is saved; lowvram.memory.policy holds what the values mean and which go together.
 
-    activations by phase; optimizer, update, state, weights and weights_dtype by optimizer.
+    policy: auto plans for the card that is there, recipe goes by the settings below, and the path of a plan.json or of
+    a policy by that. activations by phase; optimizer, update, state, weights and weights_dtype by optimizer.
     """
 
     activations: dict[str, str]
@@ -186,8 +187,11 @@ class MemorySettings:
     ema: str
     attention: str
     fsdp: str
+    policy: str = "auto"  # run folders from before there was one mean this
 
     def __post_init__(self) -> None:
+        if self.policy not in ("auto", "recipe") and not self.policy.endswith(".json"):
+            raise LowVRAMError(f"memory={self.policy} is not known.", "Use auto, recipe, or the path of a plan.json.")
         _at_least("memory.recompute_every", self.recompute_every, 1)
         for name, values in {**self.by_optimizer(), "activations": self.activations}.items():
             for key, value in values.items():

@@ -38,10 +38,11 @@ def _hydra(arguments: list[str]) -> None:
     from omegaconf import DictConfig
 
     flags = [a for a in arguments if a.split("=")[0] in _HYDRA_FLAGS + _HYDRA_FLAGS_WITH_VALUE]
-    words = config.parse_assignments([a for a in arguments if a not in flags and not _is_flag_value(a, arguments)])
+    words = [a for a in arguments if a not in flags and not _is_flag_value(a, arguments)]
+    words = config.parse_assignments(config.short_forms(words))
     if not any(w.startswith("recipe=") for w in words):
         raise LowVRAMError("No recipe was given.", f"Add recipe=NAME: {', '.join(config.recipe_names())}.")
-    sys.argv[1:] = config.register_recipe_files(arguments)
+    sys.argv[1:] = config.register_recipe_files(config.short_forms(arguments))
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors are raised to us, and worded by config.friendly_errors
 
     @hydra.main(config_path="pkg://lowvram.conf", config_name="config", version_base="1.3")

@@ -17,12 +17,11 @@ from lowvram import checkpoint as checkpoints
 from lowvram import rng
 from lowvram.data import Batch, Loader
 from lowvram.errors import LowVRAMError
-from lowvram.memory.apply import Applied
 from lowvram.memory.guard import Meter, PhaseCost, cap, in_gb
-from lowvram.memory.policy import MemoryPolicy
-from lowvram.memory.precision import choose
 from lowvram.memory.rescue import Rescue
 from lowvram.phase import Phase
+from lowvram.planner import picture
+from lowvram.planner.training import apply_to, choose
 from lowvram.progress import Progress, Trackers, estimate_cpu_cost
 from lowvram.resume import Start, find_start
 from lowvram.sampling.grids import save_grid
@@ -83,19 +82,22 @@ class Trainer:
         self.cap = cap(vram_bytes, self.device)
         for message in self.cap.messages:
             self.progress.say(message)
+        self.chosen = choose(self.recipe, self.device, self.cap, self.world_size, self.progress.say)
         torch.manual_seed(self.recipe.seed)
-        self.task = build_task(self.recipe, self.device)
+        self.task = build_task(self.chosen.settings, self.device)
         self.task.prepare_training()
         self._check_processes()
         self.loader = self._make_loader()
         self._skipped: set[str] = set()
-        self.applied = self._apply_policy()
+        processes = {"world_size": self.world_size, "sum_over_processes": self._sum_over_processes}
+        self.applied = apply_to(self.task, self.chosen, self.device, **processes)
         self.rescue = Rescue(self.applied, self.task.networks.values(), self.progress.say)
         if start.checkpoint is not None:
             self._restore(start)
         if self.rank == 0:  # only now: a mistake found on the way here leaves no folder and changes no saved recipe
             self.run.prepare()
             self.run.drop_metrics_after(self.step)
+            self._save_plan()
         self.trackers = Trackers(self.recipe, self.run) if self.rank == 0 else None
 
     # Training.
@@ -356,27 +358,14 @@ class Trainer:
             f"{remedy} and a lower optimizer.lr, a higher loss.r1_gamma, or precision=fp32.",
         )
 
-    def _apply_policy(self) -> Applied:
-        own = self.task.own_precision
-        precision = "fp32" if own else choose(self.recipe.precision, self.device)
-        return Applied(
-            MemoryPolicy.from_settings(
-                self.recipe, phases=[phase.name for phase in self.task.phases], precision=precision
-            ),
-            self.task.phases,
-            device=self.device,
-            averages=self.task.averages,
-            seed=self.recipe.seed,
-            own_precision=own,
-            zero_nonfinite=own and self._computes_fp16(),
-            world_size=self.world_size,
-            sum_over_processes=self._sum_over_processes,
-        )
-
-    def _computes_fp16(self) -> bool:
-        if self.recipe.precision == "auto":
-            return self.device.type == "cuda"
-        return self.recipe.precision == "fp16"
+    def _save_plan(self) -> None:
+        if self.chosen.plan is None:
+            return
+        try:
+            self.chosen.plan.save(self.run.folder / "plan.json")
+            picture.draw(self.chosen.plan, self.run.folder / "plan.png")
+        except OSError as error:
+            self.progress.say(f"the plan could not be written to {self.run.folder}: {error}")
 
     # Processes.
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+from lowvram.errors import LowVRAMError
 from lowvram.memory.policy import MemoryPolicy
 from lowvram.phase import MicroBatch, Phase
 from lowvram.planner import make
@@ -19,13 +20,15 @@ from lowvram.planner.tracing import Structure
 from lowvram.settings import PHASES, Settings, parse_bytes
 from lowvram.tasks import build_task
 
+_UNPLANNED = ("memory.weights", "memory.weights_dtype", "memory.fsdp")
+
 
 def subject_of(settings: Settings) -> Callable[[], Subject]:
     """What builds the task of a recipe, on fake tensors: to be called within `subject.fake_card`."""
 
     def build() -> Subject:
         device = torch.device("cpu")
-        task = build_task(_as_later(settings), device)
+        task = build_task(as_later(settings), device)
         task.prepare_training()
         shape = (3, settings.resolution, settings.resolution)
 
@@ -54,7 +57,7 @@ def subject_of(settings: Settings) -> Callable[[], Subject]:
     return build
 
 
-def _as_later(settings: Settings) -> Settings:
+def as_later(settings: Settings) -> Settings:
     """Augmentation that starts at p = 0 costs nothing at first; a plan is for the time when it does."""
     return replace(settings, augment=replace(settings.augment, p=settings.augment.p or 0.5))
 
@@ -65,8 +68,10 @@ def seeds(n: int) -> Tensor:
         return torch.arange(1, n + 1)
 
 
-def plan_recipe(settings: Settings, *, card: str | Card | None = None, allow: Collection[str] = ()) -> Plan:
-    """The plan for a recipe within `settings.vram`, on a card: see `make.place`.
+def plan_recipe(
+    settings: Settings, *, card: str | Card | None = None, where: make.Place | None = None, allow: Collection[str] = ()
+) -> Plan:
+    """The plan for a recipe within `settings.vram`, on a card (see `make.place`), or in a place that is given whole.
 
     What is allowed is used only if nothing fits without it.
 
@@ -74,7 +79,8 @@ def plan_recipe(settings: Settings, *, card: str | Card | None = None, allow: Co
         LowVRAMError: the budget, the card or an allowed change makes no sense.
     """
     check_allowed(allow)
-    where = make.place(None if settings.vram is None else parse_bytes("vram", settings.vram), card)
+    if where is None:
+        where = make.place(None if settings.vram is None else parse_bytes("vram", settings.vram), card)
     plan = make.make(_request(settings, ()), where)
     for changed, changes in _changed(settings, allow):
         if plan.fits:
@@ -108,7 +114,12 @@ def fixed_by(settings: Settings) -> Fixed:
             phases.setdefault(key, {})["micro_batch"] = getattr(settings.micro_batch, key)
         elif group == "memory.activations":
             phases.setdefault(key, {})["activations"] = memory.activations[key]
-        elif group.removeprefix("memory.") in memory.by_optimizer():
+        elif group in _UNPLANNED or name in _UNPLANNED:
+            raise LowVRAMError(
+                f"{name} is named, which a plan decides for all networks alike or not at all.",
+                "Leave it out, or train by the recipe's settings alone: memory=recipe.",
+            )
+        elif group.startswith("memory.") and group.removeprefix("memory.") in memory.by_optimizer():
             column = group.removeprefix("memory.")
             field_ = "kind" if column == "optimizer" else column
             optimizers.setdefault(key, {})[field_] = memory.by_optimizer()[column][key]
