@@ -12,18 +12,31 @@ PACKAGE = Path(__file__).parent.parent / "lowvram"
 
 # For each room: the rooms and files of lowvram that it must never import, at the top or within a function.
 NEVER = {
-    "models": ("memory", "tasks", "trainer", "objectives", "data", "sampling", "metrics"),
-    "kernels": ("models", "memory", "tasks", "trainer", "objectives", "data", "sampling", "metrics", "config", "run"),
-    "memory": ("models", "objectives", "tasks", "trainer"),
-    "objectives": ("models", "memory", "tasks", "trainer"),
-    "data": ("tasks", "trainer", "memory", "models", "objectives"),
-    "metrics": ("tasks", "trainer", "memory", "objectives"),
-    "sampling": ("tasks", "trainer", "memory", "objectives"),
-    "tasks": ("trainer", "memory"),
+    "models": ("memory", "planner", "tasks", "trainer", "objectives", "data", "sampling", "metrics"),
+    "kernels": (
+        "models",
+        "memory",
+        "planner",
+        "tasks",
+        "trainer",
+        "objectives",
+        "data",
+        "sampling",
+        "metrics",
+        "config",
+        "run",
+    ),
+    "memory": ("planner", "models", "objectives", "tasks", "trainer"),
+    "objectives": ("models", "memory", "planner", "tasks", "trainer"),
+    "planner": ("models", "objectives", "sampling", "metrics", "trainer", "run", "resume"),
+    "data": ("tasks", "trainer", "memory", "planner", "models", "objectives"),
+    "metrics": ("tasks", "trainer", "memory", "planner", "objectives"),
+    "sampling": ("tasks", "trainer", "memory", "planner", "objectives"),
+    "tasks": ("trainer", "memory", "planner"),
     "trainer": ("models", "objectives"),
-    "phase": ("models", "objectives", "tasks", "memory"),
+    "phase": ("models", "objectives", "tasks", "memory", "planner"),
 }
-COMMANDS = ("train", "sample", "evaluate")
+COMMANDS = ("train", "plan", "sample", "evaluate")
 
 
 def imports_of(path: Path) -> set[str]:

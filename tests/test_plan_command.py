@@ -1,0 +1,123 @@
+"""`python -m lowvram.plan` as a user runs it, on a machine without a GPU."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from commands import run
+from PIL import Image
+from tiny import TINY
+
+from lowvram import plan as command
+from lowvram.planner.plan import Plan
+
+RECIPE = ["recipe=faces32", *TINY, "batch=16"]
+# Groups of 64 leave nothing to cut: streaming and recomputing are all that is left, and do not suffice.
+TOO_LARGE = [
+    "recipe=faces32",
+    "model.mapping_layers=2",
+    "model.mbstd_group_size=64",
+    "batch=64",
+    "loss.path_length_batch_shrink=1",
+    "model.channel_base=16384",
+    "loss.path_length_every=0",
+    "loss.r1_every=0",
+    "augment.mode=none",
+]
+
+Plans = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def plans(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Plans:
+    """Runs the command in this process: exit status, standard output, standard error."""
+    monkeypatch.chdir(tmp_path)
+
+    def plan(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["lowvram.plan", *words])
+        with pytest.raises(SystemExit) as end:
+            command.main()
+        said = capsys.readouterr()
+        return int(end.value.code or 0), said.out, said.err
+
+    return plan
+
+
+def test_from_a_shell(tmp_path: Path) -> None:
+    done = run("lowvram.plan", *RECIPE, "vram=6GB", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "faces32 fits vram=6GB on an RTX 2060" in done.stdout
+    folder = tmp_path / "plans" / "faces32-6GB"
+    assert json.loads((folder / "plan.json").read_text())["fits"] is True
+    with Image.open(folder / "plan.png") as picture:
+        assert picture.size == (1600, 900)
+
+
+def test_settings_that_are_named_stay(plans: Plans, tmp_path: Path) -> None:
+    words = ["vram=6GB", "card=3060", "micro_batch.G=4", "memory.activations.D=recompute", "memory.ema=host"]
+    status, _, _ = plans(*RECIPE, *words, "out=here")
+    assert status == 0
+    plan = Plan.load(tmp_path / "here" / "plan.json")
+    assert plan.card == "RTX 3060"
+    assert plan.policy.phase("G").micro_batch == 4
+    assert plan.policy.phase("D").activations == "recompute"
+    assert plan.policy.ema == "host"
+    assert plan.changes == ()
+
+
+def test_what_does_not_fit_ends_with_3(plans: Plans, tmp_path: Path) -> None:
+    status, out, _ = plans(*TOO_LARGE, "vram=0.8GB", "out=here")
+    assert status == 3
+    plan = Plan.load(tmp_path / "here" / "plan.json")
+    assert not plan.fits
+    assert plan.needs
+    assert plan.smallest_vram_bytes > 0.8 * 2**30
+    assert "does not fit" in out.splitlines()[0]
+    again, _, _ = plans(*TOO_LARGE, f"vram={-(-plan.smallest_vram_bytes // 2**20)}MB")
+    assert again == 0  # the smallest budget is one
+
+
+@pytest.mark.parametrize(
+    ("words", "problem", "remedy"),
+    [
+        (["vram=6"], "vram=6 has no unit", "vram=6GB"),
+        (["vram=-1GB"], "vram=-1GB is not a size", "vram=6GB"),
+        (["vram=900GB"], "more than any card has", "vram=8GB"),
+        (["vram=12GB", "card=3070"], "more than the RTX 3070 has", "vram=8GB"),
+        (["vram=6GB", "card=voodoo2"], "card=voodoo2 is not known", "RTX 2060"),
+        (["vram=0.3GB"], "leaves nothing to train with", "at the very least"),
+        (["vram=6GB", "allow=[magic]"], "allow=magic is not known", "fd_r1"),
+        (["vram=6GB", "memory.weights.G=stream"], "memory.weights.G is named", "memory=recipe"),
+        (["vram=6GB", "--card=3070"], "--card=3070 is not understood", "name=value"),
+        (["vram=6GB", "bach=8"], "no setting bach", "batch"),
+    ],
+)
+def test_nonsense(plans: Plans, words: list[str], problem: str, remedy: str, tmp_path: Path) -> None:
+    status, _, said = plans(*RECIPE, *words)
+    assert status == 2
+    assert problem in said
+    assert remedy in said
+    assert not (tmp_path / "plans").exists()
+
+
+def test_less_than_one_block(plans: Plans) -> None:
+    wide = ["recipe=faces32", "model.channel_base=65536", "model.channel_max=4096"]
+    status, _, said = plans(*wide, "vram=0.8GB")
+    assert status == 2
+    assert "less than the weights of one block" in said
+
+
+def test_no_recipe(plans: Plans) -> None:
+    status, _, said = plans("vram=6GB")
+    assert status == 2
+    assert "recipe=NAME" in said
+
+
+def test_help(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["lowvram.plan", "--help"])
+    command.main()
+    said = capsys.readouterr().out
+    for word in ("card=", "allow=", "out=", "Exits with 0"):
+        assert word in said
