@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lowvram.errors import LowVRAMError
     from lowvram.memory.policy import MemoryPolicy
     from lowvram.phase import MicroBatch, Phase
+    from lowvram.planner.own import plan_memory
     from lowvram.tasks import load_run
     from lowvram.trainer import Trainer
 
@@ -30,9 +31,10 @@ _HOMES = {
     "Trainer": "trainer",
     "load_recipe": "config",
     "load_run": "tasks",
+    "plan_memory": "planner.own",
 }
 
-__all__ = ["LowVRAMError", "MemoryPolicy", "MicroBatch", "Phase", "Trainer", "load_recipe", "load_run"]
+__all__ = ["LowVRAMError", "MemoryPolicy", "MicroBatch", "Phase", "Trainer", "load_recipe", "load_run", "plan_memory"]
 
 
 def __getattr__(name: str) -> Any:

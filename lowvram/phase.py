@@ -1,14 +1,17 @@
 """What the trainer knows of a task: a list of phases, and the samples that a phase is given."""
 
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map_only
 
 from lowvram import seeded
+from lowvram.errors import LowVRAMError
 
 
 @dataclass(kw_only=True)
@@ -19,12 +22,30 @@ class MicroBatch:
     labels: int64 [b] class of each image, -1 without classes.
     seeds: int64 [b] on the CPU: the root of every random number that the phase draws for a sample. They depend on the
         run's seed, the phase and the sample's place in the stream, and so on no other sample.
+    inputs: of a model of your own, the batch as it was given, with these samples alone.
     """
 
     images: Tensor
     labels: Tensor
     seeds: Tensor
     reported: dict[str, Tensor] = field(default_factory=dict)
+    inputs: Any = None
+
+    @classmethod
+    def of(cls, inputs: Any, seeds: Tensor) -> "MicroBatch":
+        """Samples as tensors of any structure: images [b, ...]; images and labels; or else whatever `inputs` holds.
+
+        In the last case `images` is empty, [b, 0]; without labels those are -1.
+        """
+        images = inputs if isinstance(inputs, Tensor) else None
+        labels = None
+        if isinstance(inputs, list | tuple) and len(inputs) == 2 and all(isinstance(x, Tensor) for x in inputs):
+            images, labels = inputs
+        if images is None:
+            images = torch.empty(len(seeds), 0)
+        if labels is None:
+            labels = torch.full((len(seeds),), -1, device=images.device)
+        return cls(images=images, labels=labels, seeds=seeds, inputs=inputs)
 
     def __len__(self) -> int:
         return len(self.seeds)
@@ -101,6 +122,38 @@ class Phase:
         images uint8 [n, C, H, W] in group-major order [group, n / group]; labels, positions int64 [n], positions on the
         CPU: each sample's place in the shuffled stream, of which this batch begins at `start`.
         """
+        for index, seeds in self._parts(positions, start, seed):
+            on_device = index.to(images.device)
+            yield MicroBatch(images=images[on_device], labels=labels[on_device.to(labels.device)], seeds=seeds)
+
+    def cut(
+        self, batch: Any, *, number: int = 0, seed: int = 0, device: torch.device | str | None = None
+    ) -> Iterator[MicroBatch]:
+        """Cut a batch of any structure into micro-batches, each brought to `device` when its turn comes.
+
+        batch: images [n, ...]; a pair of images and labels; or tuples, lists and dicts of tensors [n, ...], of which
+        `MicroBatch.inputs` gets the like. number: of the step, for the samples' seeds.
+
+        Raises:
+            LowVRAMError: it is something else, or has fewer samples than the phase.
+        """
+        batch = as_tensors(batch)
+        n = count_samples(batch)
+        if n < self.samples:
+            raise LowVRAMError(
+                f"a batch of {n} samples for phase {self.name}, which takes {self.samples}.",
+                "Leave incomplete batches out: DataLoader(..., drop_last=True).",
+            )
+        start = number * n
+        for index, seeds in self._parts(torch.arange(start, start + n), start, seed):
+
+            def rows(tensor: Tensor, index: Tensor = index) -> Tensor:
+                return tensor[index.to(tensor.device)].to(device, non_blocking=True)
+
+            yield MicroBatch.of(tree_map_only(Tensor, rows, batch), seeds)
+
+    def _parts(self, positions: Tensor, start: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """For each micro-batch its rows of the batch and their seeds, int64 [b] on the CPU."""
         mine = torch.nonzero(positions - start < self.samples).flatten()  # [m], CPU
         if not len(mine):
             return
@@ -110,9 +163,32 @@ class Phase:
         for part in rows.split(columns, dim=1):
             index = part.reshape(-1)
             seeds = [seeded.mix(seed, salt, position) for position in positions[index].tolist()]
-            on_device = index.to(images.device)
-            yield MicroBatch(
-                images=images[on_device],
-                labels=labels[on_device.to(labels.device)],
-                seeds=torch.tensor(seeds, dtype=torch.int64),
-            )
+            yield index, torch.tensor(seeds, dtype=torch.int64)
+
+
+def as_tensors(batch: Any) -> Any:
+    """A batch as tuples, lists and dicts of tensors: a `MicroBatch` or another mapping becomes one of these."""
+    if isinstance(batch, MicroBatch):
+        return (batch.images, batch.labels) if batch.inputs is None else batch.inputs
+    return dict(batch) if isinstance(batch, Mapping) else batch
+
+
+def count_samples(batch: Any) -> int:
+    """The samples of a batch of tensors [n, ...]; None among them is passed over.
+
+    Raises:
+        LowVRAMError: it holds something else, nothing, or tensors of different n.
+    """
+    remedy = "Give tensors whose first dimension is the samples, alone or in tuples, lists or dicts."
+    leaves = [(keystr(path), leaf) for path, leaf in tree_flatten_with_path(batch)[0] if leaf is not None]
+    for path, leaf in leaves:
+        if not isinstance(leaf, Tensor):
+            raise LowVRAMError(f"batch{path} is a {type(leaf).__name__}, which can't be cut into samples.", remedy)
+        if not leaf.dim() or not len(leaf):
+            raise LowVRAMError(f"batch{path} of shape {list(leaf.shape)} holds no samples.", remedy)
+        if len(leaf) != len(leaves[0][1]):
+            first = f"batch{leaves[0][0]} has {len(leaves[0][1])}"
+            raise LowVRAMError(f"batch{path} has {len(leaf)} samples where {first}.", remedy)
+    if not leaves:
+        raise LowVRAMError("the batch holds no tensor.", remedy)
+    return len(leaves[0][1])

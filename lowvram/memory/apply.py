@@ -10,10 +10,11 @@ place; then, each time a phase runs: trainable weights, attention, blocks (strea
 activations.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,11 @@ from lowvram.memory.recovery import free_memory
 from lowvram.memory.stream import BlockStream
 from lowvram.memory.update import Outcome, Updater
 from lowvram.phase import MicroBatch, Phase
+
+if TYPE_CHECKING:
+    from lowvram.memory.rescue import Rescue
+
+log = logging.getLogger(__name__)
 
 
 def apply(policy: MemoryPolicy, phases: Sequence[Phase], *, device: torch.device | str, **options: object) -> "Applied":
@@ -71,6 +77,8 @@ class Applied:
         self.policy, self.phases, self.device, self.averages = policy, list(phases), device, list(averages)
         self.seed, self.world_size, self._zero_nonfinite = seed, world_size, zero_nonfinite
         self._sum = sum_over_processes if world_size > 1 else None
+        self._steps: dict[str, int] = {}  # calls of `step`, by the name of the phase
+        self._rescue: Rescue | None = None
         self.optimizer_names: dict[str, str] = {}  # by the name of the phase
         names: dict[int, str] = {}
         for phase in self.phases:
@@ -146,6 +154,43 @@ class Applied:
     def update(self, phase: Phase, loss: Tensor) -> Outcome:
         """Apply the accumulated gradients if all is finite. Interrupted, it can be called again."""
         return self.updater(phase).finish(loss, phase.clip_norm)
+
+    def step(self, phase: Phase, batch: Any, *, number: int | None = None) -> Outcome | None:
+        """A whole update of a phase in a single process; None at steps that `every` leaves out.
+
+        The batch is cut, its parts go to the device one by one, and `finish` gets the means. The learning rate is that
+        of the phase's own optimizer now, so that schedulers work. Out of memory, the phase is done again under the next
+        thriftier policy.
+
+        batch: as `Phase.cut` takes it, n >= phase.samples. number: of the step; by itself, counted from 0.
+
+        Raises:
+            LowVRAMError: the batch can't be cut so, the loss or its gradients are not finite, or no policy is left.
+        """
+        number = self._steps.get(phase.name, 0) if number is None else number
+        self._steps[phase.name] = number + 1
+        if number % phase.every:
+            return None
+        if self._rescue is None:
+            from lowvram.memory.rescue import Rescue  # which needs this file
+
+            self._rescue = Rescue(self, self._networks.values(), log.warning)
+
+        def gradients() -> tuple[Tensor, dict[str, Tensor]]:
+            with self.running(phase):
+                return self.accumulate(phase, phase.cut(batch, number=number, seed=self.seed, device=self.device))
+
+        loss, means = self._rescue.redo(phase, gradients)
+        self._follow_learning_rate(self.updater(phase))
+        outcome: Outcome = self._rescue.resume(phase, lambda: self.update(phase, loss))
+        if not outcome.finite:
+            raise LowVRAMError(
+                f"phase {phase.name}: at step {number} the loss is {outcome.loss}, its gradient's norm {outcome.norm}.",
+                "The step was not applied. Lower the learning rate, bound clip_norm, or plan with precision=fp32.",
+            )
+        if outcome.applied and phase.finish is not None:
+            phase.finish(means)
+        return outcome
 
     def discard(self, phase: Phase) -> None:
         """Forget the gradients of a phase that was interrupted, to run it again.
@@ -289,6 +334,13 @@ class Applied:
             sharded=self.policy.fsdp != "none",
             sum_over_processes=self._sum,
         )
+
+    @staticmethod
+    def _follow_learning_rate(updater: Updater) -> None:
+        (theirs,) = updater.like.param_groups
+        for bucket in updater.buckets.values():
+            for part in bucket.parts:
+                part.optimizer.param_groups[0]["lr"] = theirs["lr"]
 
     def _place_averages(self) -> None:
         for average in self.averages:

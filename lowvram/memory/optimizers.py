@@ -80,4 +80,6 @@ def _same_class(
             "Use optimizer=adam, which keeps the task's own.",
         )
     known = inspect.signature(type(like).__init__).parameters
+    if "foreach" in group and group["foreach"] is None:
+        group["foreach"] = False  # on CUDA it would be true, which takes copies of all gradients at once
     return type(like)(params, **{name: value for name, value in group.items() if name in known})

@@ -73,27 +73,38 @@ def flow(piece: Piece, taking: Taking) -> Flow:
     positions: list[int] = []
     events: list[int] = []
     extra_sizes: list[int] = []
+    norms: list[int] = []
+
+    def temporary(size: int) -> int:
+        extra_sizes.append(-(-size // 512) * 512)
+        return len(sizes) + len(extra_sizes) - 1
+
+    if taking.update != "after" and taking.later:  # the earlier micro-batches' norms
+        norms += [temporary(4) for _ in {storage for _, storage, _ in piece.arrivals}]
+        positions, events = [0] * len(norms), list(norms)
     for event, storage, parameter in piece.arrivals:
         again = storage in seen
         seen.add(storage)
         inserted: list[int] = []
-
-        def temporary(size: int) -> int:
-            extra_sizes.append(-(-size // 512) * 512)
-            return len(sizes) + len(extra_sizes) - 1
-
         if taking.update == "deferred" and (taking.later or again):
             held, total = temporary(int(sizes[storage])), temporary(int(sizes[storage]))
             inserted += [held, total, ~held, ~total]
+            if again and piece.names[piece.makers[storage]].startswith("clone"):
+                # Autograd makes a gradient's own copy where its strides are not the parameter's: here once more.
+                cloned = temporary(int(sizes[storage]))
+                inserted = [cloned, *inserted, ~cloned]
         elif taking.update == "fused" and parameter < len(taking.step_sizes) and taking.step_sizes[parameter]:
             scratch = temporary(taking.step_sizes[parameter])
             inserted += [scratch, ~scratch]
         if not keep and not again:
             inserted.append(~storage)
+        if taking.update != "after" and not taking.later and not again:
+            norms.append(temporary(4))
+            inserted.append(norms[-1])
         positions += [event] * len(inserted)
         events += inserted
     order = np.insert(piece.order, positions, events) if positions else piece.order
-    ends = [~storage for storage in piece.left]
+    ends = [~storage for storage in (*piece.left, *norms)]
     gradients = sorted(seen) if keep else []
     return Flow(
         order=np.concatenate([order, np.array(ends, dtype=np.int64)]),

@@ -15,7 +15,7 @@ from lowvram.planner.cards import Card
 from lowvram.planner.compose import Flow, Taking, Writer, flow
 from lowvram.planner.cost import Rates
 from lowvram.planner.log import AVERAGE, OPTIMIZER, Requests, Work
-from lowvram.planner.pieces import Pieces, large
+from lowvram.planner.pieces import Pieces
 from lowvram.planner.record import Piece
 from lowvram.planner.tracing import Facts, Job, Recorded, Structure
 
@@ -77,7 +77,7 @@ class Estimator:
     def wanted(self, phase: PhaseFacts, choice: Choice) -> Job:
         """What has to be recorded to know a choice."""
         job = self.job(phase, choice)
-        return job if job in self.exact else large(job, phase.group)
+        return job if job in self.exact else self.pieces.base(job, phase.group)
 
     def recorded(self, phase: PhaseFacts, choice: Choice) -> Recorded:
         """A phase's micro-batch."""
@@ -95,8 +95,7 @@ class Estimator:
         piece = self.recorded(phase, choice).piece
         count = -(-phase.samples_per_process // choice[0])
         flows = self.flows(phase, choice, own)
-        held = 0
-        peak = 0
+        peak = held = self._slots_bytes(phase)
         for one in flows:
             peak = max(peak, held + one.peak_bytes())
             held += int(one.sizes[one.gradients].sum())
@@ -136,7 +135,8 @@ class Estimator:
         return size * (2 * count - 1)
 
     def update_job(self, optimizer: str, own: OptimizerPolicy) -> Job:
-        """What records an update."""
+        """What records an update. Streamed weights' are recorded deferred, as their phases are."""
+        own = replace(own, update="deferred") if self.streams else own
         return Job(structure=self.structure, what="update", name=optimizer, optimizer=own)
 
     def update_piece(self, optimizer: str, own: OptimizerPolicy) -> Recorded:
@@ -152,9 +152,9 @@ class Estimator:
             gradients = self.facts.parameter_bytes[optimizer] if own.update == "after" else 0
             time = self._alone(recorded.piece.work)
             self._updates[key] = PartCost(
-                peak_bytes=one.peak_bytes() + gradients,
+                peak_bytes=one.peak_bytes() + gradients + self._slots_bytes(),
                 seconds=0.0 if self.streams else time,
-                host_bytes=recorded.piece.work.host_bytes,
+                host_bytes=0.0 if self.streams else recorded.piece.work.host_bytes,
             )
         return self._updates[key]
 
@@ -166,7 +166,7 @@ class Estimator:
         host = float(self.facts.average_bytes) if place == "host" else 0.0
         work = replace(recorded.piece.work, host_bytes=host)
         peak = 0 if place == "host" else flow(recorded.piece, Taking(later=True)).peak_bytes()
-        return PartCost(peak_bytes=peak, seconds=self._alone(work), host_bytes=host)
+        return PartCost(peak_bytes=peak + self._slots_bytes(), seconds=self._alone(work), host_bytes=host)
 
     def sample(self, slice_: int, place: str) -> tuple[PartCost, Flow] | None:
         """Sampling, some images at a time; the averaged network comes to the device for it."""
@@ -192,15 +192,19 @@ class Estimator:
         for name, own in optimizers.items():
             state = self.update_piece(name, own).residents.sizes
             sizes += [(OPTIMIZER, size) for _, size in state]
-        if self.streams:
-            for phase in self.facts.phases:
-                slots = self.recorded(
-                    phase, (phase.group, "offload" if phase.second_order else "keep", 1)
-                ).residents.sizes
-                if slots:
-                    sizes += slots
-                    break
         return sizes
+
+    def slots(self) -> list[tuple[int, int]]:
+        """What streams hold on the device between uses: in every phase but those of a second derivative."""
+        for phase in self.facts.phases if self.streams else ():
+            if not phase.second_order:
+                return list(self.recorded(phase, (phase.group, "keep", 1)).residents.sizes)
+        return []
+
+    def _slots_bytes(self, phase: PhaseFacts | None = None) -> int:
+        if phase is not None and phase.second_order:
+            return 0
+        return sum(-(-size // 512) * 512 for _, size in self.slots())
 
     def requests(self, policy: MemoryPolicy, *, steps: int = STEPS) -> Requests:
         """A whole training: what is there throughout, some steps with every phase in them, and sampling."""
@@ -208,12 +212,21 @@ class Estimator:
         writer.mark("start")
         everything = [(kind, size) for kind, size in self.residents(self._own(policy), policy.ema)]
         writer.hold(everything, "held throughout")
+        slots = writer.hold(self.slots(), "streamed blocks")
         for _ in range(steps):
             for phase in self.facts.phases:
                 writer.mark(phase.name)
+                if phase.second_order:  # blocks come one by one, and stay for the phase
+                    writer.free(slots)
+                    slots = slots[:0]
+                elif not len(slots):
+                    slots = writer.hold(self.slots(), "streamed blocks")
                 self._write_phase(writer, phase, policy)
+            slots = slots if len(slots) else writer.hold(self.slots(), "streamed blocks")
             if self.facts.average_bytes:
                 writer.mark("average")
+                for name, own in self._own(policy).items() if self.streams else ():  # updates that wait for a use
+                    writer.play(flow(self.update_piece(name, own).piece, Taking(later=True)))
                 if policy.ema == "device":
                     average = self.pieces.get(Job(structure=self.structure, what="average"))
                     writer.play(flow(average.piece, Taking(later=True)))

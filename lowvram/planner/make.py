@@ -39,6 +39,8 @@ class Request:
 
     build: makes the subject on fake tensors. name, batch, kimg: of the training. structure: how weights are held.
     fixed: settings that stay. plain: the policy that settings are told from. changes: of the mathematics, as made.
+    smaller: what would need less memory, if nothing fits. notes: to be said with the plan. proportional, processes: see
+    `pieces.Pieces`.
     """
 
     build: Callable[[], Subject]
@@ -49,6 +51,10 @@ class Request:
     fixed: Fixed = field(default_factory=Fixed)
     plain: MemoryPolicy = field(default_factory=MemoryPolicy)
     changes: tuple[str, ...] = ()
+    smaller: str = "a smaller resolution, or narrower networks (model.channel_base)"
+    notes: tuple[str, ...] = ()
+    proportional: bool = True
+    processes: int | None = None
 
 
 def place(vram_bytes: int | None, card: str | Card | None = None) -> Place:
@@ -89,7 +95,7 @@ def make(request: Request, where: Place, *, allow: Collection[str] = ()) -> Plan
         LowVRAMError: the budget is below the weights of one block, or an allowed change is not known.
     """
     check_allowed(allow)
-    with Pieces(request.build) as pieces:
+    with Pieces(request.build, processes=request.processes, proportional=request.proportional) as pieces:
         search = Search(pieces, request.structure, where.card, where.constants, fixed=request.fixed, allow=allow)
         _check_block(search, where)
         found = search.within(where.budget_bytes)
@@ -277,11 +283,11 @@ class _Author:
         bigger = cards.smallest(self.least.needed_bytes)
         if bigger is not None:
             words.append(f"a card such as the {bigger.name}")
-        words.append("or a smaller resolution, or narrower networks (model.channel_base)")
+        words.append(f"or {self.request.smaller}")
         return words
 
     def _notes(self) -> list[str]:
-        notes = []
+        notes = [*self.request.notes]
         constants, card = self.where.constants, self.where.card
         if not card.measured:
             notes.append(f"times are those of the {card.name}'s datasheet, which trainings reach in part: see cost.py")

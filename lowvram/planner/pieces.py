@@ -1,5 +1,6 @@
 """Recorded pieces, each recorded once: side by side where that is safe, for other batches by interpolation."""
 
+import gc
 import multiprocessing
 import os
 import sys
@@ -25,10 +26,19 @@ class Pieces:
     Args:
         build: makes the subject on fake tensors; called in each process.
         processes: that record side by side; None: as many as there are processors, up to 4, where forking is safe.
+        proportional: what a piece needs is a part that is always the same and one in proportion to its samples, and it
+            bears any number of them; otherwise each size of micro-batch is recorded.
     """
 
-    def __init__(self, build: Callable[[], Subject], *, processes: int | None = None) -> None:
+    def __init__(
+        self, build: Callable[[], Subject], *, processes: int | None = None, proportional: bool = True
+    ) -> None:
+        # Each recording begins with a collection of garbage, which need not look at all that was there before.
+        self._froze = not gc.get_freeze_count()
+        if self._froze:
+            gc.freeze()
         self._bench = _Bench(build)
+        self._proportional = proportional
         self._recorded: dict[Job, Recorded] = {}
         self._facts: dict[Structure, Facts] = {}
         self._pool = _pool(build, _safe_processes() if processes is None else processes)
@@ -46,6 +56,9 @@ class Pieces:
             self._pool.shutdown(cancel_futures=True)
             self._pool = None
         self._bench.close()
+        if self._froze:
+            gc.unfreeze()
+            self._froze = False
 
     def facts(self, structure: Structure) -> Facts:
         """Of the subject when it is held so."""
@@ -71,8 +84,15 @@ class Pieces:
 
         unit: samples that stay together.
         """
-        base = self.get(large(job, unit))
+        wanted = self.base(job, unit)
+        base = self.get(wanted)
+        if wanted == job:
+            return base
         return replace(base, piece=compose.scaled(base.piece, job.samples / (LARGE * unit)))
+
+    def base(self, job: Job, unit: int) -> Job:
+        """What has to be recorded for `like`."""
+        return large(job, unit) if self._proportional else job
 
     def _run(self, jobs: list[Job]) -> list[Any]:
         if self._pool is None:
@@ -100,8 +120,12 @@ class _Bench:
             self.close()
             self._tracer = self._stack.enter_context(tracer(self._build, job.structure))
             self._structure = job.structure
-        with self._tracer.active():
-            return self._tracer.facts() if job.what == "facts" else self._tracer.record(job)
+        try:
+            with self._tracer.active():
+                return self._tracer.facts() if job.what == "facts" else self._tracer.record(job)
+        except BaseException:
+            self.close()  # what was interrupted half-way is of no more use
+            raise
 
     def close(self) -> None:
         self._stack.close()

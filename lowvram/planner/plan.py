@@ -7,11 +7,11 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,10 @@ from lowvram.errors import LowVRAMError
 from lowvram.memory.guard import in_gb
 from lowvram.memory.policy import MemoryPolicy, OptimizerPolicy, PhasePolicy
 from lowvram.planner.log import CATEGORIES, Requests
+
+if TYPE_CHECKING:
+    from lowvram.memory.apply import Applied
+    from lowvram.phase import Phase
 
 _T = TypeVar("_T")
 
@@ -223,6 +227,12 @@ class Plan:
         from lowvram.planner import table  # which needs this file
 
         return table.text(self)
+
+    def apply(self, phases: "Sequence[Phase]", **options: Any) -> "Applied":
+        """Carry out the plan on the phases that it was made for; see `own.apply_plan` for the options."""
+        from lowvram.planner.own import apply_plan  # which needs this file
+
+        return apply_plan(self, phases, **options)
 
     def to_json(self) -> str:
         """Everything as JSON, keys in a fixed order; the timeline has JSON_POINTS points at most."""

@@ -104,11 +104,8 @@ class Recorder(TorchDispatchMode):
         self._tape = _Tape()
         self._names: dict[str, int] = {}
         self._storages = host.StorageTable[tuple[_Tape, int]](self._freed)
-        self._paths = {
-            module: f"{name}.{path}" if path else name
-            for name, network in networks.items()
-            for path, module in network.named_modules()
-        }
+        self._paths: dict[nn.Module, str] = {}
+        self.call_networks(networks)
         self._modules: list[str] = [""]
         self._spans: list[tuple[int, str]] = []  # autograd's nodes from a sequence number on, and their module
 
@@ -161,6 +158,12 @@ class Recorder(TorchDispatchMode):
         self._tape = _Tape()
         self._names = {}
         self._spans = []
+
+    def call_networks(self, networks: Mapping[str, nn.Module]) -> None:
+        """Modules, made since, whose parts are named in the record from here on."""
+        for name, network in networks.items():
+            for path, module in network.named_modules():
+                self._paths[module] = f"{name}.{path}" if path else name
 
     def call_weights(self, tensors: Iterable[Tensor]) -> None:
         """Storages of this piece that hold weights."""
@@ -352,10 +355,14 @@ _FREE = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided
 def _known(func: Any) -> _Operation:
     packet = func._overloadpacket
     short = packet.__name__
+    # What torch puts together of other operations (reshape, contiguous) calls itself a view, and copies if need be. It
+    # comes here whole in inference mode.
+    composite = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+    view = bool(getattr(func, "is_view", False)) and not composite
     return _Operation(
         name=f"{func.namespace}.{short}" if func.namespace != "aten" else short,
-        view=bool(getattr(func, "is_view", False)) and short not in _FREE,
-        free=bool(getattr(func, "is_view", False)) or short in _FREE,
+        view=view and short not in _FREE,
+        free=view or short in _FREE,
         kind=_kind(short),
         flops=flop_registry.get(packet),
     )

@@ -19,11 +19,11 @@ from torch.utils._pytree import tree_leaves
 from lowvram.memory import host
 from lowvram.memory.apply import Applied
 from lowvram.memory.ladder import PhaseFacts
-from lowvram.memory.policy import MemoryPolicy, OptimizerPolicy
+from lowvram.memory.policy import BITSANDBYTES, MemoryPolicy, OptimizerPolicy
 from lowvram.memory.update import Updater
 from lowvram.phase import Phase
 from lowvram.planner.log import AVERAGE, OPTIMIZER, TEMPORARY, WEIGHTS
-from lowvram.planner.record import Piece, Recorder
+from lowvram.planner.record import Piece, Recorder, rounded
 from lowvram.planner.subject import Subject, fake_card
 
 
@@ -169,6 +169,7 @@ class Tracer:
     def facts(self) -> Facts:
         """Of the subject."""
         applied, subject = self.applied, self.subject
+        applied.settle()  # streamed weights are on the host; slots count with the phases that use them
         averaged = {id(average.target) for average in subject.averages}
         sizes: list[tuple[int, int]] = []
         average_bytes = 0
@@ -249,7 +250,12 @@ class Tracer:
             yield
 
     def _update(self, job: Job) -> Recorded:
+        own = self.applied.updaters[job.name]
+        streams = [(s, s.on_load) for s in {b.stream for b in own.buckets.values()} if s is not None]
         updater = self.applied.another_updater(job.name, job.optimizer)
+        # Optimizers that are not known make their state in the first step, and 8 bits what they stand for.
+        if not _state_of(updater) or job.optimizer.kind in BITSANDBYTES:
+            self._update_once(updater)
         residents = Residents(sizes=tuple(_sizes(_state_of(updater), OPTIMIZER, set())))
         params = updater.params
         step_sizes = []
@@ -262,13 +268,29 @@ class Tracer:
                 updater.take_gradient(param)
                 live = _peak(self.recorder.cut())
                 step_sizes.append(live)
+        for bucket in updater.buckets.values():  # so that a stream's slots are there
+            with bucket.on_device():
+                pass
         self.recorder.start()
         updater.finish(torch.zeros([]), 1.0 if self._clips(job.name) else None)
+        updater.flush()
         piece = self.recorder.cut()
         updater.close()
+        for stream, on_load in streams:  # they called the other updater
+            stream.on_load = on_load
         for param in params:
             param.grad = None
         return Recorded(piece=piece, residents=residents, step_sizes=tuple(step_sizes))
+
+    @staticmethod
+    def _update_once(updater: Updater) -> None:
+        with updater.collecting():
+            for param in updater.params:
+                param.grad = torch.empty_like(param)
+                if updater.policy.update != "after":
+                    updater.take_gradient(param)
+        updater.finish(torch.zeros([]), None)
+        updater.flush()
 
     def _clips(self, optimizer: str) -> bool:
         return any(
@@ -293,6 +315,8 @@ class Tracer:
 def _state_of(updater: Updater) -> list[Tensor]:
     parts = [part for bucket in updater.buckets.values() for part in bucket.parts]
     values = tree_leaves([list(state.values()) for part in parts for state in part.optimizer.state.values()])
+    for part in parts:  # what 8 bits stand for
+        values += getattr(part.optimizer, "_codes", {}).values()
     return [value for value in values if isinstance(value, Tensor)]
 
 
@@ -316,7 +340,7 @@ def _peak(piece: Piece) -> int:
     storages = np.where(piece.order >= 0, piece.order, ~piece.order)
     if not len(storages):
         return 0
-    return int(np.cumsum(np.where(piece.order >= 0, 1, -1) * piece.sizes[storages]).max())
+    return int(np.cumsum(np.where(piece.order >= 0, 1, -1) * rounded(piece.sizes)[storages]).max())
 
 
 @contextmanager
