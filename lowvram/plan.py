@@ -9,7 +9,7 @@ from lowvram.errors import LowVRAMError
 
 _OWN = {
     "card": "a card by name (card=3060); else the one that is there, else a usual one of the budget's size",
-    "allow": "what may be changed of the training: adam8bit, bf16_weights, fd_r1, pl_shrink (allow=[fd_r1,pl_shrink])",
+    "allow": "what may be changed of the training: adam8bit, fd_r1, pl_shrink (allow=[fd_r1,pl_shrink])",
     "out": "the folder for plan.json and plan.png; plans/RECIPE-VRAM unless given",
 }
 NOTHING_FITS = 3

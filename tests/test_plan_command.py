@@ -89,7 +89,8 @@ def test_what_does_not_fit_ends_with_3(plans: Plans, tmp_path: Path) -> None:
         (["vram=6GB", "card=voodoo2"], "card=voodoo2 is not known", "RTX 2060"),
         (["vram=0.3GB"], "leaves nothing to train with", "at the very least"),
         (["vram=6GB", "allow=[magic]"], "allow=magic is not known", "fd_r1"),
-        (["vram=6GB", "memory.weights.G=stream"], "memory.weights.G is named", "memory=recipe"),
+        (["vram=6GB", "memory.weights.G=stream"], "memory.weights.G is named", "memory.weights.D"),
+        (["vram=6GB", "memory.fsdp=shard"], "memory.fsdp is named", "memory=recipe"),
         (["vram=6GB", "--card=3070"], "--card=3070 is not understood", "name=value"),
         (["vram=6GB", "bach=8"], "no setting bach", "batch"),
     ],
@@ -100,6 +101,38 @@ def test_nonsense(plans: Plans, words: list[str], problem: str, remedy: str, tmp
     assert problem in said
     assert remedy in said
     assert not (tmp_path / "plans").exists()
+
+
+HELD = ["memory.weights.G=device", "memory.weights.D=device", "memory.ema=device"] + [
+    f"memory.{setting}" for name in "GD" for setting in (f"update.{name}=after", f"state.{name}=device")
+]
+
+
+def test_what_is_allowed_is_used_only_if_nothing_fits_without(plans: Plans, tmp_path: Path) -> None:
+    """R1 needs the most here, and nothing else may be saved: by finite differences it needs less."""
+    words = [
+        "recipe=faces32",
+        *TINY,
+        "resolution=64",
+        "batch=64",
+        "model.channel_base=16384",
+        "model.channel_max=128",
+        *HELD,
+    ]
+    words += [f"micro_batch.{name}=64" for name in ("G", "path_length", "D", "R1")]
+    words += [f"memory.activations.{name}=keep" for name in ("G", "path_length", "D", "R1")]
+    words += ["loss.path_length_every=0", "augment.mode=none"]
+    status, _, _ = plans(*words, "vram=6GB", "allow=[fd_r1]", "out=roomy")
+    roomy = Plan.load(tmp_path / "roomy" / "plan.json")
+    assert (status, roomy.changes) == (0, ())
+    assert max(roomy.phases, key=lambda phase: phase.live_bytes).name == "R1"
+    tight = f"vram={(roomy.needed_bytes >> 20) - 1}MB"
+    assert plans(*words, tight, "out=exact")[0] == 3
+    status, out, _ = plans(*words, tight, "allow=[fd_r1]", "out=changed")
+    assert status == 0
+    changed = Plan.load(tmp_path / "changed" / "plan.json")
+    assert changed.changes == ("loss.r1_kind=finite_difference",)
+    assert "loss.r1_kind=finite_difference" in out
 
 
 def test_less_than_one_block(plans: Plans) -> None:

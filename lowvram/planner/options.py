@@ -17,22 +17,25 @@ from lowvram.settings import nearest
 TIERS = (1, 2, 3)
 ROUNDINGS = {  # allow=...: other roundings of the same training, within a stated tolerance
     "adam8bit": "the optimizer's state in 8 bits",
-    "bf16_weights": "weights in bf16 without an fp32 copy, rounded stochastically",
 }
 LOSSES = {  # allow=...: another loss
     "fd_r1": "R1 by finite differences (loss.r1_kind=finite_difference)",
-    "pl_shrink": "path length on a quarter of the batch (loss.path_length_batch_shrink=4)",
+    "pl_shrink": "path length on half as many images (loss.path_length_batch_shrink doubled)",
 }
 ALLOWED = {**ROUNDINGS, **LOSSES}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fixed:
-    """Settings that the user wrote, which no plan changes: by phase, by optimizer, and for all."""
+    """Settings that the user wrote, which no plan changes: by phase, by optimizer, and for all.
+
+    weights: of every network; None: as the plan wants them.
+    """
 
     phases: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     optimizers: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     ema: str | None = None
+    weights: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

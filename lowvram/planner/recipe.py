@@ -20,7 +20,7 @@ from lowvram.planner.tracing import Structure
 from lowvram.settings import PHASES, Settings, parse_bytes
 from lowvram.tasks import build_task
 
-_UNPLANNED = ("memory.weights", "memory.weights_dtype", "memory.fsdp")
+_UNPLANNED = ("memory.weights_dtype", "memory.fsdp")
 
 
 def subject_of(settings: Settings) -> Callable[[], Subject]:
@@ -116,9 +116,10 @@ def fixed_by(settings: Settings) -> Fixed:
             phases.setdefault(key, {})["activations"] = memory.activations[key]
         elif group in _UNPLANNED or name in _UNPLANNED:
             raise LowVRAMError(
-                f"{name} is named, which a plan decides for all networks alike or not at all.",
-                "Leave it out, or train by the recipe's settings alone: memory=recipe.",
+                f"{name} is named, which no plan is made with.", "Train by the recipe's settings alone: memory=recipe."
             )
+        elif group == "memory.weights":
+            continue
         elif group.startswith("memory.") and group.removeprefix("memory.") in memory.by_optimizer():
             column = group.removeprefix("memory.")
             field_ = "kind" if column == "optimizer" else column
@@ -127,7 +128,21 @@ def fixed_by(settings: Settings) -> Fixed:
         for name in phase_names(settings):
             phases.setdefault(name, {})["recompute_every"] = memory.recompute_every
     ema = memory.ema if "memory.ema" in settings.overrides else None
-    return Fixed(phases=phases, optimizers=optimizers, ema=ema)
+    return Fixed(phases=phases, optimizers=optimizers, ema=ema, weights=_fixed_weights(settings))
+
+
+def _fixed_weights(settings: Settings) -> str | None:
+    """Where weights are, if that was named: of all networks alike."""
+    named = {key for key in settings.memory.weights if f"memory.weights.{key}" in settings.overrides}
+    places = {settings.memory.weights[key] for key in named}
+    if not named:
+        return None
+    if len(places) > 1 or named != set(settings.memory.weights):
+        raise LowVRAMError(
+            f"memory.weights.{min(named)} is named, and a plan streams all networks or none.",
+            f"Name {' and '.join(f'memory.weights.{key}' for key in settings.memory.weights)} alike, or none.",
+        )
+    return places.pop()
 
 
 def phase_names(settings: Settings) -> list[str]:

@@ -124,7 +124,7 @@ class Search:
     def frontier(self, tier: int) -> list[Candidate]:
         """The candidates up to a tier that no other beats, the fastest and largest first."""
         if tier not in self._frontiers:
-            before = self.frontier(tier - 1) if tier > 1 else []
+            before = self.frontier(tier - 1) if tier - 1 in self._tiers() else []
             estimator = self.streamed if tier == 3 else self.resident
             self._frontiers[tier] = _unbeaten([*before, *self._candidates(estimator, tier)])
         return self._frontiers[tier]
@@ -148,11 +148,10 @@ class Search:
     # Looking.
 
     def _tiers(self) -> Iterator[int]:
-        yield 1
-        yield 2
-        own = self.fixed.optimizers.values()
-        may_stream = all(o.get("weights", "stream") == "stream" for o in own)
-        if may_stream and all(p.has_blocks for p in self.resident.facts.phases):
+        if self.fixed.weights != "stream":
+            yield 1
+            yield 2
+        if self.fixed.weights != "device" and all(p.has_blocks for p in self.resident.facts.phases):
             yield 3
 
     def _best(self, tier: int, vram_bytes: int | None) -> Weighed | None:
