@@ -11,10 +11,10 @@ it is what `lowvram.memory.tracer` counts as alive in a run of its own, host mem
 warmed up and timed for `--steps` steps, then the next, and all of this `--rounds` times, so that the machine's noise
 hits all alike; medians are quoted. speed: plain seconds by a policy's.
 
---traced: on fake tensors, for which nothing is computed: the live bytes of a GPU run (16-bit top resolutions, a GPU's
-memory formats), what an allocator would reserve for them, floating-point operations, and bytes copied to the host and
-back. A kernel's own workspace is not seen. The autocast of sd15's fp32 weights is the CPU's, which keeps fewer layers
-in fp32 than CUDA's does: its activations are counted too low. bf16 weights need no autocast, and are exact.
+--traced: on fake tensors that stand for a card's (lowvram.planner), for which nothing is computed: live bytes, what
+torch's allocator would reserve for them, floating-point operations, and bytes copied to the host and back. Two steps
+run whole, one operation after the other; the planner, which puts a step together from pieces, has to agree with them.
+A kernel's own workspace is not seen.
 """
 
 import argparse
@@ -24,28 +24,30 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
+import numpy as np
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks import policy_sets, workloads
-from benchmarks.account import Account, reserved_bytes
 from benchmarks.train_step import device_name
 from benchmarks.workloads import Workload
 from lowvram import load_recipe
 from lowvram.config import report_errors
 from lowvram.errors import LowVRAMError
+from lowvram.memory.tracer import LiveBytes
+from lowvram.planner.allocator import replay
+from lowvram.planner.log import Requests
+from lowvram.planner.record import Piece, Recorder, rounded
+from lowvram.planner.subject import fake_card
 
 Builder = Callable[[torch.device], Workload]
 AVERAGE = "average"  # beside the phases: pending updates and averages at the end of a step
 
 
-def builders(recipe: str, overrides: list[str], only: list[str], *, traced: bool) -> dict[str, Builder]:
+def builders(recipe: str, overrides: list[str], only: list[str]) -> dict[str, Builder]:
     """What builds the workload under each policy, by the policy's name."""
     if recipe == "sd15":
         if any(not o.startswith("batch=") for o in overrides):
@@ -56,10 +58,9 @@ def builders(recipe: str, overrides: list[str], only: list[str], *, traced: bool
             name: lambda device, policy=policy: workloads.sd15(device, batch=batch, **policy)
             for name, policy in chosen.items()
         }
-    base = [*overrides, "precision=fp16"] if traced and not _names(overrides, "precision") else overrides
     chosen = policy_sets.pick(policy_sets.stylegan2(load_recipe(recipe, overrides)), only)
     return {
-        name: lambda device, policy=policy: workloads.recipe(recipe, [*policy, *base], device)
+        name: lambda device, policy=policy: workloads.recipe(recipe, [*policy, *overrides], device)
         for name, policy in chosen.items()
     }
 
@@ -73,7 +74,7 @@ def compare(built: dict[str, Builder], *, steps: int, rounds: int, traced: bool)
         if name.startswith("fsdp") and traced:
             results[name] = {"error": "not traced: torch's FSDP reads data"}
         elif not name.startswith("fsdp") and device.type == "cpu":  # FSDP's own host memory is not told apart there
-            results[name] = _attempt(lambda build=build: _counted(build, traced))
+            results[name] = _attempt(lambda build=build: (trace if traced else count)(build))
         _summarise(results[name])
         print(f"{name}: {results[name].get('error') or _gb(results[name].get('peak_bytes'))}", flush=True)
     for _ in range(0 if traced else rounds):
@@ -111,78 +112,94 @@ def _attempt(run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
             torch.cuda.empty_cache()
 
 
-# Counted, on a CPU: real tensors or fake ones.
+# Counted, on a CPU, and traced.
 
 
-def _counted(build: Builder, traced: bool) -> dict[str, Any]:
-    with ExitStack() as stack:
-        if traced:
-            stack.enter_context(_as_on_a_gpu())
-            stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        account = stack.enter_context(Account())
+def count(build: Builder) -> dict[str, Any]:
+    """Peaks of a run on a CPU, by phase: what `LiveBytes` counts over two steps."""
+    with LiveBytes() as memory:
         work = build(torch.device("cpu"))
-        work.after_gradients = lambda phase: account.call(
-            "gradients", (p.grad for p in phase.parameters() if p.grad is not None)
-        )
-        _name_residents(account, work)
         gc.collect()
-        account.empty_cache()
         phases: dict[str, Any] = {}
         for _ in range(2):  # the second step has what the first one made
             for name, run, every in _parts(work):
-                account.reset_peak()
-                begin, flops, moved = len(account.log), account.flops, account.host_bytes
+                memory.reset_peak()
                 run()
-                before = phases.get(name, {"peak_bytes": 0})
-                if account.peak_bytes >= before["peak_bytes"]:
-                    before = {"peak_bytes": account.peak_bytes, "span": (begin, len(account.log))}
-                moved_bytes = account.host_bytes - moved
-                phases[name] = before | {"every": every, "flops": account.flops - flops, "host_bytes": moved_bytes}
-        resident_bytes = account.live_bytes
-        worst = max(phases, key=lambda name: phases[name]["peak_bytes"])
-        span = phases[worst]["span"]
-        for phase in phases.values():
-            del phase["span"]
-        return {
-            "phases": phases,
-            "resident_bytes": resident_bytes,
-            "reserved_bytes": reserved_bytes(account.log),
-            "peak_phase": worst,
-            "peak_at": account.last_maker(*span),
-            "peak_holders": dict(account.holders(*span)),
+                before = phases.get(name, {"peak_bytes": 0})["peak_bytes"]
+                phases[name] = {"every": every, "peak_bytes": max(before, memory.peak_bytes)}
+        return {"phases": phases, "resident_bytes": memory.live_bytes}
+
+
+def trace(build: Builder) -> dict[str, Any]:
+    """The same of fake tensors that stand for a card's, with what an allocator reserves and who holds the peak."""
+    collects = gc.isenabled()
+    gc.disable()  # what is alive must not depend on when it runs
+    try:
+        with fake_card() as fakes:
+            recorder = Recorder({}, fakes)
+            with recorder.recording():
+                recorder.start()
+                work = build(torch.device("cpu"))
+                gc.collect()
+                recorder.call_networks(work.networks)
+                cuts = [("", 0, recorder.cut())]
+                for _ in range(2):
+                    for name, run, every in _parts(work):
+                        run()
+                        cuts.append((name, every, recorder.cut()))
+                return _described(cuts)
+    finally:
+        if collects:
+            gc.enable()
+
+
+def _described(cuts: list[tuple[str, int, Piece]]) -> dict[str, Any]:
+    """cuts: the record from its beginning to the end of each part: name, `every`, record; the first is building."""
+    whole = cuts[-1][2]
+    begin = len(cuts[0][2].order)
+    asked = Requests(
+        order=whole.order,
+        sizes=rounded(whole.sizes),
+        categories=whole.categories,
+        makers=whole.makers,
+        names=whole.names,
+        marks=tuple((len(before.order), name) for (_, _, before), (name, _, _) in pairwise(cuts)),
+    )
+    live = asked.live()
+    phases: dict[str, Any] = {}
+    worst = begin
+    for (_, _, before), (name, every, after) in pairwise(cuts):
+        first = len(before.order) - 1  # with what was alive before; a part need not ask for anything
+        at = first + int(live[first : len(after.order)].argmax())
+        known = phases.get(name, {"peak_bytes": 0, "every": every})
+        phases[name] = known | {
+            "peak_bytes": max(known["peak_bytes"], int(live[at])),
+            "flops": int(after.work.flops[len(before.work) :].sum()),
+            "host_bytes": int(after.work.host_bytes - before.work.host_bytes),
         }
+        if live[at] > live[worst]:
+            worst, worst_phase = at, name
+    return {
+        "phases": phases,
+        "resident_bytes": int(live[-1]),
+        # From the start of training on: what building left free is given back before.
+        "reserved_bytes": max(replay(asked, empty_at=[begin]).by_mark.values()),
+        "peak_phase": worst_phase,
+        "peak_at": asked.names[asked.makers[asked.storages()[worst]]],
+        "peak_holders": _holders(asked, worst, begin),
+    }
 
 
-def _name_residents(account: Account, work: Workload) -> None:
-    for name, network in work.networks.items():
-        account.call(f"weights of {name}", network.parameters())
-        account.call(f"buffers of {name}", network.buffers())
-    for name, updater in work.applied.updaters.items():
-        for part in (part for bucket in updater.buckets.values() for part in bucket.parts):
-            states = part.optimizer.state.values()
-            account.call(f"optimizer state of {name}", (v for s in states for v in s.values() if isinstance(v, Tensor)))
-    account.call("images", work.images)
-
-
-@contextmanager
-def _as_on_a_gpu() -> Iterator[None]:
-    """Fake tensors are on the CPU, for fake CUDA ones have no backward without a GPU: what the code asks differs."""
-
-    def memory_format(x: Tensor, channels: int) -> torch.memory_format:
-        return torch.contiguous_format if x.dtype == torch.float32 else torch.channels_last
-
-    def drawn(
-        method: str, seeds: Tensor | None, shape: tuple[int, ...], _: str, device: Any, batch: int | None
-    ) -> Tensor:
-        return torch.empty(batch if seeds is None else len(seeds), *shape, device=device)  # row by row takes long
-
-    with ExitStack() as stack:
-        for module in ("stylegan2", "stylegan2_layers"):
-            stack.enter_context(mock.patch(f"lowvram.models.{module}.best_memory_format", memory_format))
-        stack.enter_context(mock.patch("lowvram.seeded._draw", drawn))
-        # torch can't convert or move the parameters of a fake module; they are made as they should be.
-        stack.enter_context(mock.patch.object(nn.Module, "to", lambda module, *_, **__: module))
-        yield
+def _holders(asked: Requests, event: int, begin: int, most: int = 14) -> dict[str, int]:
+    """Bytes alive after an event by what made them, the largest first; what building made is one of them."""
+    changes, storages = asked.changes()[: event + 1], asked.storages()[: event + 1]
+    held = np.zeros(len(asked.names) + 1, dtype=np.int64)
+    built = np.zeros(len(asked.sizes), dtype=np.bool_)
+    built[storages[: min(begin, event + 1)]] = True
+    np.add.at(held, np.where(built[storages], len(asked.names), asked.makers[storages]), changes)
+    names = (*asked.names, "held throughout: weights, state, batch")
+    rows = {names[place]: int(held[place]) for place in np.argsort(-held)[:most] if held[place] > 0}
+    return rows | {"all else": int(held.sum()) - sum(rows.values())}
 
 
 # Timed.
@@ -284,10 +301,6 @@ def _gb(size_bytes: int | None) -> str:
     return "to be timed" if size_bytes is None else f"{size_bytes / 1e9:.2f} GB"
 
 
-def _names(overrides: list[str], setting: str) -> bool:
-    return any(o.split("=")[0] == setting for o in overrides)
-
-
 def main() -> None:
     """Entry of the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -304,7 +317,7 @@ def main() -> None:
 
     def run() -> None:
         only = [name.strip() for name in options.only.split(",") if name.strip()]
-        built = builders(recipe, overrides, only, traced=options.traced)
+        built = builders(recipe, overrides, only)
         result = compare(built, steps=options.steps, rounds=options.rounds, traced=options.traced)
         result = {"workload": " ".join([recipe, *overrides])} | result
         print(table(result))

@@ -7,17 +7,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.nn import functional as F
 
-from lowvram import load_recipe
+from lowvram import load_recipe, standin
 from lowvram.ema import ExponentialMovingAverage
-from lowvram.memory import host
 from lowvram.memory.apply import Applied
 from lowvram.memory.policy import MemoryPolicy, OptimizerPolicy, PhasePolicy
 from lowvram.memory.precision import choose
 from lowvram.memory.recovery import Snapshot
 from lowvram.phase import MicroBatch, Phase
+from lowvram.planner.recipe import seeds
+from lowvram.planner.subject import to_fake_host
 from lowvram.seeded import randn
 from lowvram.settings import Settings
 from lowvram.tasks import build_task
@@ -28,7 +29,7 @@ class Workload:
     """A training under one policy, with a batch that is in memory.
 
     images: [B, ...] on the device. seeds: int64 [B] on the CPU, real numbers in a trace too.
-    networks: by name, averaged ones too.
+    networks: by name, averaged ones too. sample: makes images of the averaged network, n at a time.
     """
 
     applied: Applied
@@ -36,7 +37,7 @@ class Workload:
     seeds: Tensor
     networks: dict[str, nn.Module]
     averages: list[ExponentialMovingAverage] = field(default_factory=list)
-    after_gradients: Callable[[Phase], None] | None = None
+    sample: Callable[[int], object] | None = None
 
     def __post_init__(self) -> None:
         self.phases = self.applied.phases
@@ -48,8 +49,6 @@ class Workload:
         self._snapshot.take()
         with self.applied.running(phase):
             loss, means = self.applied.accumulate(phase, self._micro_batches(phase))
-        if self.after_gradients is not None:
-            self.after_gradients(phase)
         outcome = self.applied.update(phase, loss)
         if outcome.applied and phase.finish is not None:
             phase.finish(means)
@@ -61,6 +60,12 @@ class Workload:
         for average in self.averages:
             average.update(100_000, len(self.seeds))
 
+    def draw(self, n: int) -> None:
+        """Sample n images, as the trainer does for its grid."""
+        assert self.sample is not None
+        with self.applied.averages_on_device():
+            self.sample(n)
+
     def _micro_batches(self, phase: Phase) -> Iterator[MicroBatch]:
         size = min(phase.micro_batch or phase.samples, phase.samples)
         for begin in range(0, phase.samples, size):
@@ -68,8 +73,8 @@ class Workload:
             images = self.images[begin : begin + size].clone()
             labels = torch.full((size,), -1, device=images.device)
             with unset_fake_temporarily():
-                seeds = self.seeds[begin : begin + size].clone()
-            yield MicroBatch(images=images, labels=labels, seeds=seeds)
+                own = self.seeds[begin : begin + size].clone()
+            yield MicroBatch(images=images, labels=labels, seeds=own)
 
 
 def recipe(name: str, overrides: list[str], device: torch.device) -> Workload:
@@ -77,14 +82,12 @@ def recipe(name: str, overrides: list[str], device: torch.device) -> Workload:
 
     overrides: a policy among them. Augmentation runs at p = 0.5, for it costs the same at any p but 0.
     """
-    with unset_fake_temporarily():
-        settings = load_recipe(name, ["augment.p=0.5", *overrides, "data.workers=0"])
+    settings = load_recipe(name, ["augment.p=0.5", *overrides, "data.workers=0"])
     torch.manual_seed(settings.seed)
     task = build_task(settings, device)
     task.prepare_training()
-    traced = isinstance(next(task.networks["G_ema"].parameters()), FakeTensor)
-    if traced and settings.memory.ema == "host":
-        _to_fake_host(task.networks["G_ema"])
+    if standin.active() and settings.memory.ema == "host":
+        to_fake_host(task.networks["G_ema"])
     precision = "fp32" if task.own_precision else choose(settings.precision, device)
     applied = Applied(
         MemoryPolicy.from_settings(settings, phases=[phase.name for phase in task.phases], precision=precision),
@@ -92,15 +95,16 @@ def recipe(name: str, overrides: list[str], device: torch.device) -> Workload:
         device=device,
         averages=task.averages,
         own_precision=task.own_precision,
-        zero_nonfinite=task.own_precision and settings.precision in ("fp16", "auto") and _half(settings, device),
+        zero_nonfinite=task.own_precision and _computes_fp16(settings, device),
     )
     shape = (settings.batch, 3, settings.resolution, settings.resolution)
     return Workload(
         applied=applied,
         images=torch.randint(0, 256, shape, dtype=torch.uint8, device=device),
-        seeds=_seeds(settings.batch),
+        seeds=seeds(settings.batch),
         networks=task.networks,
         averages=task.averages,
+        sample=lambda n: task.sample(n, micro_batch=n),
     )
 
 
@@ -124,14 +128,9 @@ def sd15(
     from diffusers import UNet2DConditionModel
 
     narrow = (optimizer or {}).get("weights_dtype") == "bf16"
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16 if narrow else torch.float32)  # torch can't convert fake parameters
     with nullcontext() if device.type == "cpu" else torch.device(device):
-        try:
-            torch.manual_seed(0)
-            network = UNet2DConditionModel(**{"sample_size": 64, "cross_attention_dim": 768, **changes})
-        finally:
-            torch.set_default_dtype(before)
+        torch.manual_seed(0)
+        network = UNet2DConditionModel(**{"sample_size": 64, "cross_attention_dim": 768, **changes})
     dtype = torch.bfloat16 if narrow else torch.float32
     size = network.config.sample_size
     states = torch.randn(batch, 77, network.config.cross_attention_dim, dtype=dtype, device=device)
@@ -156,21 +155,12 @@ def sd15(
     return Workload(
         applied=Applied(policy, [denoise], device=device),
         images=torch.randn(batch, 4, size, size, device=device),
-        seeds=_seeds(batch),
+        seeds=seeds(batch),
         networks={"UNet": network},
     )
 
 
-def _seeds(batch: int) -> Tensor:
-    with unset_fake_temporarily():
-        return torch.arange(1, batch + 1)
-
-
-def _half(settings: Settings, device: torch.device) -> bool:
-    return settings.precision == "fp16" or device.type == "cuda"
-
-
-def _to_fake_host(network: nn.Module) -> None:
-    """What `Module.to("cpu")` does to a network on a card, in a trace whose device is the CPU."""
-    for tensor in (*network.parameters(), *network.buffers()):
-        tensor.data = host.copy_of(tensor)
+def _computes_fp16(settings: Settings, device: torch.device) -> bool:
+    if settings.precision == "auto":
+        return standin.is_gpu(device)
+    return settings.precision == "fp16"

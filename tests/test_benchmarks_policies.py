@@ -7,16 +7,15 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from tiny import TINY
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks import policies, policy_sets, workloads
-from benchmarks.account import Account, reserved_bytes
+from benchmarks.memory_prediction import Predictor
 from lowvram import load_recipe
 from lowvram.errors import LowVRAMError
+from lowvram.planner import cards
 
-MIB = 2**20
 SMALL_UNET = {
     "sample_size": 8,
     "layers_per_block": 1,
@@ -27,45 +26,11 @@ SMALL_UNET = {
 }
 
 
-def test_the_log_tells_who_holds_the_peak_and_what_was_reserved():
-    with Account() as account:
-        begin = len(account.log)
-        x = torch.zeros(4 * MIB)  # 16 MiB of float32
-        account.call("x", x)
-        y = x + 1
-        del y
-        z = x + 2  # where y was
-        account.call("z", z)
-    held = dict(account.holders(begin, len(account.log)))
-    assert held["x"] == 16 * MIB and sum(held.values()) == account.peak_bytes == 32 * MIB
-    assert reserved_bytes(account.log) == 32 * MIB
-    with account:
-        account.empty_cache()
-        small = torch.zeros(10)
-    assert reserved_bytes(account.log) == 32 * MIB + 2 * MIB
-    assert small.numel() and z.numel()
-
-
-def test_arithmetic_and_copies_to_the_host_are_counted():
-    from lowvram.memory import host
-
-    with Account() as account:
-        a = torch.ones(8, 16)
-        account.flops = 0
-        a @ a.T
-        assert account.flops == 2 * 8 * 16 * 8
-        copy = host.copy_of(a)
-        host.device_copy(copy, a.device)
-    assert account.host_bytes == 2 * a.nbytes
-
-
 def test_traced_is_what_is_counted_on_real_tensors_and_savings_show():
     settings = [*TINY, "augment.p=1", "out=unused", "precision=fp32"]
     only = ["plain", "recompute", "offload R1 and path length"]
-    real = policies.compare(
-        policies.builders("faces32", settings, only[:1], traced=False), steps=1, rounds=1, traced=False
-    )
-    built = policies.builders("faces32", settings, only, traced=True)
+    real = policies.compare(policies.builders("faces32", settings, only[:1]), steps=1, rounds=1, traced=False)
+    built = policies.builders("faces32", settings, only)
     traced = policies.compare(built, steps=1, rounds=1, traced=True)
     plain, recomputed, offloaded = (traced["policies"][name] for name in only)
     measured = real["policies"]["plain"]
@@ -73,6 +38,8 @@ def test_traced_is_what_is_counted_on_real_tensors_and_savings_show():
     assert measured["seconds_per_step"] > 0 and "seconds_per_step" not in plain
     assert plain["host_bytes"] == 0 < offloaded["host_bytes"]
     assert plain["flops_per_step"] < recomputed["flops_per_step"]
+    assert plain["peak_bytes"] <= plain["reserved_bytes"] and sum(plain["peak_holders"].values()) == plain["peak_bytes"]
+    assert plain["peak_phase"] in plain["phases"] and " in " in plain["peak_at"]
     assert offloaded["phases"]["R1"]["peak_bytes"] < plain["phases"]["R1"]["peak_bytes"]
     for result in (real, traced):
         assert "plain" in policies.table({"workload": "tiny", **result})
@@ -81,9 +48,22 @@ def test_traced_is_what_is_counted_on_real_tensors_and_savings_show():
 
 def test_an_average_on_the_host_is_not_counted():
     only = ["plain", "average on the host"]
-    built = policies.builders("faces32", [*TINY, "out=unused"], only, traced=True)
-    plain, moved = (policies._counted(build, traced=True)["resident_bytes"] for build in built.values())
+    built = policies.builders("faces32", [*TINY, "out=unused"], only)
+    plain, moved = (policies.trace(build)["resident_bytes"] for build in built.values())
     assert moved < plain
+
+
+def test_a_whole_trace_is_what_the_planner_puts_together():
+    only = ["half micro-batches", "fused G"]
+    settings = [*TINY, "augment.p=1", "out=unused", "memory.policy=recipe"]
+    sets = policy_sets.stylegan2(load_recipe("faces32", settings))
+    predictor = Predictor(load_recipe("faces32", settings), cards.find("RTX 3060"))
+    for name, build in policies.builders("faces32", settings, only).items():
+        predicted = predictor.predict(load_recipe("faces32", [*settings, *sets[name]]))
+        traced = policies.trace(build)
+        for part, found in traced["phases"].items():
+            assert predicted.live_bytes[part] == pytest.approx(found["peak_bytes"], rel=0.001), (name, part)
+    predictor.close()
 
 
 def test_the_unet_runs_traced_and_streaming_saves_its_weights() -> None:
@@ -93,7 +73,7 @@ def test_the_unet_runs_traced_and_streaming_saves_its_weights() -> None:
     for name in ("resident", "streamed"):
         policy = policy_sets.sd15(2)[name]
         build = functools.partial(workloads.sd15, batch=2, **policy, **SMALL_UNET)
-        peaks.append(policies._counted(build, traced=True)["phases"]["denoise"]["peak_bytes"])
+        peaks.append(policies.trace(build)["phases"]["denoise"]["peak_bytes"])
     assert 0 < peaks[1] < peaks[0]
 
 

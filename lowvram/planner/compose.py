@@ -89,10 +89,9 @@ def flow(piece: Piece, taking: Taking) -> Flow:
         if taking.update == "deferred" and (taking.later or again):
             held, total = temporary(int(sizes[storage])), temporary(int(sizes[storage]))
             inserted += [held, total, ~held, ~total]
-            if again and piece.names[piece.makers[storage]].startswith("clone"):
-                # Autograd makes a gradient's own copy where its strides are not the parameter's: here once more.
-                cloned = temporary(int(sizes[storage]))
-                inserted = [cloned, *inserted, ~cloned]
+            if again:  # recorded, it was added to what was there already, and gone
+                own = temporary(int(sizes[storage]))
+                inserted = [own, *inserted, ~own]
         elif taking.update == "fused" and parameter < len(taking.step_sizes) and taking.step_sizes[parameter]:
             scratch = temporary(taking.step_sizes[parameter])
             inserted += [scratch, ~scratch]

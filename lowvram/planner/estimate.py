@@ -150,7 +150,9 @@ class Estimator:
             recorded = self.update_piece(optimizer, own)
             one = flow(recorded.piece, Taking(later=True))
             gradients = self.facts.parameter_bytes[optimizer] if own.update == "after" else 0
-            time = self._alone(recorded.piece.work)
+            # What a fused update does, it does within the backward: as much as one that follows it.
+            whole = self.update_piece(optimizer, replace(own, update="after")) if own.update == "fused" else recorded
+            time = self._alone(whole.piece.work)
             self._updates[key] = PartCost(
                 peak_bytes=one.peak_bytes() + gradients + self._slots_bytes(),
                 seconds=0.0 if self.streams else time,

@@ -135,9 +135,13 @@ def _places(facts: Facts, structure: Structure, tier: int, optimizer: str) -> tu
         return ["deferred"], ["host"]
     if tier == 1:
         return ["after"], ["device"]
+    return ["after", *(["fused"] if may_fuse(facts, optimizer) else []), "deferred"], ["device", "host"]
+
+
+def may_fuse(facts: Facts, optimizer: str) -> bool:
+    """Whether an optimizer's update inside the backward is exact where its phases run whole."""
     mine = [phase for phase in facts.phases if phase.optimizer == optimizer]
-    fuses = not any(facts.terms[phase.name] > 1 or facts.clips[phase.name] for phase in mine)
-    return ["after", *(["fused"] if fuses else []), "deferred"], ["device", "host"]
+    return not any(facts.terms[phase.name] > 1 or facts.clips[phase.name] for phase in mine)
 
 
 def policy_of(

@@ -18,7 +18,7 @@ from lowvram.planner.calibration import Constants
 from lowvram.planner.cards import Card
 from lowvram.planner.estimate import Choice, Estimator, choice_of
 from lowvram.planner.log import Requests
-from lowvram.planner.options import Fixed, Options, legal, options, policy_of
+from lowvram.planner.options import Fixed, Options, legal, may_fuse, options, policy_of
 from lowvram.planner.pieces import Pieces, large
 from lowvram.planner.tracing import Job, Structure
 
@@ -204,6 +204,8 @@ class Search:
             return otherwise
         moved = min([*facts.parameter_bytes.values(), *([facts.average_bytes] if facts.average_bytes else [])])
         transfer = moved / (self.card.pcie_bytes_per_second * estimator.rates.pcie)
+        if any(may_fuse(facts, name) for name in facts.optimizers):  # which frees the gradients, and moves nothing
+            transfer = 0.0
         return min(otherwise, best.candidate.seconds - gain + transfer)
 
     def _cheapest_other(self, estimator: Estimator, phase: PhaseFacts, whole: Choice, seconds: float) -> float:

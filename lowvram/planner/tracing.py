@@ -6,7 +6,7 @@ A whole step under any policy is put together from them (`compose`).
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest import mock
 
@@ -215,7 +215,7 @@ class Tracer:
         streams = self.structure.weights == "stream"
         updater = self.applied.updater(phase)
         if streams:  # once before, so that what a first run makes is there
-            self._run(phase, job)
+            self._run(phase, replace(job, runs=1))
             updater.finish(torch.zeros([]), None)
         self.recorder.start()
         with self._marked(updater), self.recorder.collecting(phase.parameters()):

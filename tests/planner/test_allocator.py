@@ -15,7 +15,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from slow_allocator import plainly
 
-from benchmarks import account
 from lowvram.planner.allocator import MIB, CachingAllocator, replay, smallest_capacity
 from lowvram.planner.log import Requests
 
@@ -416,24 +415,6 @@ def test_from_the_smallest_capacity_on_all_fit(asked, expandable):
     if smallest:
         found = replay(asked, capacity_bytes=smallest - step, expandable=expandable)
         assert not found.fits or found.reserved_bytes > smallest - step
-
-
-class _Entry(int):
-    pass
-
-
-@given(LOGS, EMPTIES)
-def test_as_the_older_sketch(asked, empty_at):
-    entries = [_Entry(size) for size in asked.sizes.tolist()]
-    log: list = []
-    last = 0
-    for event, code in enumerate(asked.order.tolist()):
-        if event in empty_at:
-            log.append((0, None))  # the sketch looks for the highest point from here
-            last = event
-        log.append((entries[code], entries[code]) if code >= 0 else (-entries[~code], entries[~code]))
-    marked = from_lists(asked.order.tolist(), asked.sizes.tolist(), [(last, "counted")])
-    assert replay(marked, empty_at=empty_at).by_mark["counted"] == account.reserved_bytes(log)
 
 
 def test_a_long_log_takes_no_time():
