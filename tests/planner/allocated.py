@@ -14,8 +14,8 @@ _CALL = "an operation"
 
 @dataclass(frozen=True, kw_only=True)
 class Peaks:
-    """The most bytes alive at a time, not rounded. all_bytes: of the allocator. outliving_bytes: of memory that outlives
-    the operation that asked for it; the rest are workspaces within kernels."""
+    """The most bytes alive at a time, not rounded. all_bytes: of the allocator. outliving_bytes: of what outlives the
+    operation that asked for it; the rest are workspaces within kernels."""
 
     all_bytes: int
     outliving_bytes: int
