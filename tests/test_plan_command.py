@@ -14,18 +14,14 @@ from lowvram import plan as command
 from lowvram.planner.plan import Plan
 
 RECIPE = ["recipe=faces32", *TINY, "batch=16"]
-# Groups of 64 leave nothing to cut: streaming and recomputing are all that is left, and do not suffice.
-TOO_LARGE = [
-    "recipe=faces32",
-    "model.mapping_layers=2",
-    "model.mbstd_group_size=64",
-    "batch=64",
-    "loss.path_length_batch_shrink=1",
-    "model.channel_base=16384",
-    "loss.path_length_every=0",
-    "loss.r1_every=0",
-    "augment.mode=none",
+HELD = ["memory.weights.G=device", "memory.weights.D=device", "memory.ema=device"] + [
+    f"memory.{setting}" for name in "GD" for setting in (f"update.{name}=after", f"state.{name}=device")
 ]
+# Groups of 64 leave nothing to cut, and nothing else may be saved.
+TOO_LARGE = ["recipe=faces32", *TINY, "resolution=64", "batch=64", "model.mbstd_group_size=64", *HELD]
+TOO_LARGE += ["model.channel_base=16384", "model.channel_max=128", "loss.path_length_every=0", "augment.mode=none"]
+TOO_LARGE += [f"memory.activations.{name}=keep" for name in ("G", "D", "R1")]
+
 
 Plans = Callable[..., tuple[int, str, str]]
 
@@ -101,11 +97,6 @@ def test_nonsense(plans: Plans, words: list[str], problem: str, remedy: str, tmp
     assert problem in said
     assert remedy in said
     assert not (tmp_path / "plans").exists()
-
-
-HELD = ["memory.weights.G=device", "memory.weights.D=device", "memory.ema=device"] + [
-    f"memory.{setting}" for name in "GD" for setting in (f"update.{name}=after", f"state.{name}=device")
-]
 
 
 def test_what_is_allowed_is_used_only_if_nothing_fits_without(plans: Plans, tmp_path: Path) -> None:

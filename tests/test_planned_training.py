@@ -37,8 +37,12 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
 
 
 @pytest.fixture
-def on_a_card(monkeypatch: pytest.MonkeyPatch, plan: Plan) -> list[int]:
-    """Trainings are planned as on a card, by a planner that answers at once; returns the budgets it was asked for."""
+def on_a_card(monkeypatch: pytest.MonkeyPatch, plan: Plan, tmp_path: Path) -> list[int]:
+    """Trainings are planned as on a card, by a planner that answers at once; returns the budgets it was asked for.
+
+    What they learn of it stays in the test.
+    """
+    monkeypatch.setenv("LOWVRAM_CACHE", str(tmp_path / "cache"))
     asked: list[int] = []
 
     def planner(settings: Settings, card: cards.Card, budget_bytes: int) -> Plan:
