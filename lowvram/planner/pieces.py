@@ -5,7 +5,7 @@ import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -95,9 +95,16 @@ class Pieces:
         return large(job, unit) if self._proportional else job
 
     def _run(self, jobs: list[Job]) -> list[Any]:
-        if self._pool is None:
-            return [self._bench.do(job) for job in jobs]
-        return list(self._pool.map(_do, jobs))
+        if self._pool is not None:
+            try:
+                return list(self._pool.map(_do, jobs))
+            except RuntimeError as error:
+                # Where autograd has threads already, which nothing tells before, a fork can't run a backward.
+                if not isinstance(error, BrokenExecutor) and "Autograd-and-Fork" not in str(error):
+                    raise
+                self._pool.shutdown(cancel_futures=True)
+                self._pool = None
+        return [self._bench.do(job) for job in jobs]
 
 
 def large(job: Job, unit: int) -> Job:
