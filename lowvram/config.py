@@ -27,7 +27,7 @@ from omegaconf.errors import (
 from yaml import YAMLError
 
 from lowvram.errors import LowVRAMError
-from lowvram.settings import Settings, flatten, nearest
+from lowvram.settings import BY_TASK, Settings, flatten, nearest, settings_class
 
 _CONF = Path(__file__).parent / "conf"
 _Options = TypeVar("_Options")
@@ -71,7 +71,8 @@ def to_settings(composed: DictConfig, overrides: list[str]) -> Settings:
 def settings_from(values: dict[str, Any]) -> Settings:
     """Nested plain values as checked settings (the inverse of `settings_values`)."""
     with friendly_errors():
-        typed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Settings), values))
+        type_ = settings_class(values.get("task", "stylegan2"))
+        typed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(type_), values))
     assert isinstance(typed, Settings)
     return typed
 
@@ -163,7 +164,7 @@ def setting_names() -> list[str]:
             elif item.name != "overrides":
                 yield prefix + item.name
 
-    return list(names(Settings))
+    return list(dict.fromkeys(name for type_ in BY_TASK.values() for name in names(type_)))
 
 
 def _unknown_setting(name: str) -> LowVRAMError:
@@ -275,16 +276,28 @@ Examples:
 
 
 def _commented_settings() -> Iterator[str]:
-    for path in (_CONF / "config.yaml", _CONF / "task" / "stylegan2.yaml"):
-        section = ""
-        for line in path.read_text().splitlines():
-            if line.startswith("hydra:"):
-                break
-            match = re.match(r"( *)(\w+):\s*([^#]*?)\s*(?:#\s*(.*))?$", line)
-            if not match or match[2] in ("defaults", "task"):
-                continue
-            if not match[1] and not match[3]:
-                section = match[2] + "."
-                continue
-            setting = f"{section if match[1] else ''}{match[2]}={match[3].replace('???', '...')}"
+    yield from _commented(_CONF / "config.yaml")
+    for task in BY_TASK:
+        yield ""
+        yield f"task={task} has also:"
+        yield from _commented(_CONF / "task" / f"{task}.yaml")
+
+
+def _commented(path: Path) -> Iterator[str]:
+    """The settings of a file, dotted, each with its value and its comment; a group's comment on a line of its own."""
+    groups: list[str] = []
+    for line in path.read_text().splitlines():
+        if line.startswith("hydra:"):
+            break
+        match = re.match(r"( *)(\w+):\s*([^#]*?)\s*(?:#\s*(.*))?$", line)
+        if not match or match[2] in ("defaults", "task"):
+            continue
+        del groups[len(match[1]) // 2 :]
+        name = ".".join([*groups, match[2]])
+        if match[3]:
+            setting = f"{name}={match[3].replace('???', '...')}"
             yield f"  {setting:<36} {match[4] or ''}".rstrip()
+            continue
+        groups.append(match[2])
+        if match[4]:
+            yield f"  {name + '.':<36} {match[4]}"

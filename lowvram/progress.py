@@ -143,14 +143,14 @@ def estimate_cpu_cost(task: Task, settings: Settings, applied: Applied, images_s
 
 def _seconds_per_image(task: Task, phase: Phase, applied: Applied) -> float:
     """Forward and backward of one group of images; where that is quick, again with a whole micro-batch, warmed up."""
-    dataset = task.dataset()
+    items = task.items()
     seconds = 0.0
     for count in (task.group, phase.micro_batch or phase.samples):
-        indices = [i % len(dataset) for i in range(max(count, task.group))]
-        images = torch.stack([dataset[i] for i in indices])
-        labels = torch.tensor([dataset.label(i) for i in indices])
+        read = [items.read(i % len(items)) for i in range(max(count, task.group))]
+        images = torch.stack([torch.tensor(item.array) for item in read])
+        labels = torch.tensor([item.label for item in read])
         with applied.running(phase, collect=False):
-            micro = next(phase.micro_batches(images, labels, torch.arange(len(indices)), 0, 0))
+            micro = next(phase.micro_batches(images, labels, torch.arange(len(read)), 0, 0))
             begun = time.perf_counter()
             for loss in applied.losses(phase, micro):
                 loss.backward()

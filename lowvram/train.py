@@ -73,7 +73,12 @@ def _settings_of_job(composed: "config.DictConfig", words: list[str]) -> Setting
 def _train(settings: Settings) -> None:
     from lowvram.trainer import Trainer
 
-    Trainer(settings).fit()
+    try:
+        Trainer(settings).fit()
+    except KeyboardInterrupt as stop:  # of a run that this one stands on, which has been saved
+        if not stop.args:
+            raise
+        print(f"lowvram: {stop}")
 
 
 def _is_flag_value(argument: str, arguments: list[str]) -> bool:

@@ -1,12 +1,12 @@
 """The one training loop, for every task: phases, micro-batches, accumulation, resume, signals, metrics, snapshots."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -18,6 +18,7 @@ from lowvram import rng
 from lowvram.data import Batch, Loader
 from lowvram.errors import LowVRAMError
 from lowvram.memory.guard import Meter, PhaseCost, cap, in_gb
+from lowvram.memory.recovery import free_memory
 from lowvram.memory.rescue import Rescue
 from lowvram.phase import Phase
 from lowvram.planner import picture
@@ -27,7 +28,9 @@ from lowvram.resume import Start, find_start
 from lowvram.sampling.grids import save_grid
 from lowvram.settings import Settings, parse_bytes
 from lowvram.signals import StopRequest
-from lowvram.tasks import build_task, load_network, pick_device
+from lowvram.tasks import build_task, load_network, pick_device, task_class
+
+Result = TypeVar("Result")
 
 
 class NonFiniteError(LowVRAMError):
@@ -66,6 +69,7 @@ class Trainer:
         self.accelerator = Accelerator(cpu=recipe.device == "cpu" or not torch.cuda.is_available())
         self.device = self.accelerator.device if recipe.device == "auto" else pick_device(recipe.device)
         self.world_size, self.rank = self.accelerator.num_processes, self.accelerator.process_index
+        self.quiet = quiet
         self.progress = Progress(quiet=quiet or self.rank != 0)
         start = self._on_main_process(lambda: find_start(recipe))
         self.run, self.recipe = start.run, start.run.settings
@@ -82,9 +86,12 @@ class Trainer:
         self.cap = cap(vram_bytes, self.device)
         for message in self.cap.messages:
             self.progress.say(message)
-        self.chosen = choose(self.recipe, self.device, self.cap, self.world_size, self.progress.say)
+        self._train_earlier()
+        self._on_main_process(self._prepare_data)
+        folder = self.run.folder
+        self.chosen = choose(self.recipe, self.device, self.cap, self.world_size, folder, self.progress.say)
         torch.manual_seed(self.recipe.seed)
-        self.task = build_task(self.chosen.settings, self.device)
+        self.task = build_task(self.chosen.settings, self.device, folder)
         self.task.prepare_training()
         self._check_processes()
         self.loader = self._make_loader()
@@ -96,9 +103,27 @@ class Trainer:
             self._restore(start)
         if self.rank == 0:  # only now: a mistake found on the way here leaves no folder and changes no saved recipe
             self.run.prepare()
+            self.task.write_beside(self.run.folder)
             self.run.drop_metrics_after(self.step)
             self._save_plan()
         self.trackers = Trackers(self.recipe, self.run) if self.rank == 0 else None
+
+    def _train_earlier(self) -> None:
+        """Train what this recipe stands on, such as an autoencoder, where no run of it is done."""
+        kind, folder = task_class(self.recipe), self.run.folder
+        earlier = self._on_main_process(lambda: kind.earlier(self.recipe, folder))
+        if earlier is None:
+            return
+        self.progress.say(f"{self.recipe.recipe} stands on {earlier.recipe}, of which no run is done: that one first")
+        first = Trainer(earlier, quiet=self.quiet)
+        first.fit()
+        if first.interrupted:
+            raise KeyboardInterrupt(f"the same command goes on with {first.run.folder}")
+        del first
+        free_memory(self.device)
+
+    def _prepare_data(self) -> None:
+        task_class(self.recipe).prepare_data(self.recipe, self.device, self.run.folder, self.progress.say)
 
     # Training.
 
@@ -166,7 +191,7 @@ class Trainer:
     def run_phase(self, phase: Phase, batch: Batch, images: Tensor, start: int) -> float:
         """Loss, gradients and update of one phase over the whole batch; returns the loss.
 
-        images: uint8 [n, C, H, W] of the batch on the device. start: place in the stream of the batch's first image.
+        images: of the batch, uint8 [n, C, H, W] or latents, on the device. start: place in the stream of its first one.
         Out of memory, the phase is begun again under a thriftier policy, with the same data and random numbers.
         """
 
@@ -355,7 +380,7 @@ class Trainer:
         )
         return NonFiniteError(
             f"phase {phase.name}: the {what} at step {self.step} ({self.images_seen / 1000:g} kimg).",
-            f"{remedy} and a lower optimizer.lr, a higher loss.r1_gamma, or precision=fp32.",
+            f"{remedy} and a lower optimizer.lr, or precision=fp32.",
         )
 
     def _save_plan(self) -> None:
@@ -372,7 +397,7 @@ class Trainer:
     def _make_loader(self) -> Loader:
         data = self.recipe.data
         return Loader(
-            self.task.dataset(),
+            self.task.items(),
             batch=self.recipe.batch,
             seed=self.recipe.seed,
             mirror=data.mirror,
@@ -411,8 +436,8 @@ class Trainer:
             return flag
         return bool(self._sum_over_processes(torch.tensor(float(flag), device=self.device)) > 0)
 
-    def _on_main_process(self, find: Any) -> Start:
-        """Choose or find the run folder in one process, and tell the others."""
+    def _on_main_process(self, find: Callable[[], Result]) -> Result:
+        """Choose, find or make something in one process, and tell the others what it is."""
         outcome: list[Any] = [None]
         if self.rank == 0:
             try:
@@ -423,8 +448,8 @@ class Trainer:
             broadcast_object_list(outcome)
         if isinstance(outcome[0], LowVRAMError):
             raise outcome[0]
-        start: Start = outcome[0]
-        return start
+        result: Result = outcome[0]
+        return result
 
 
 def _finite(value: float) -> bool:

@@ -21,6 +21,7 @@ Make = Callable[..., Settings]
 CARD = cards.find("RTX 2060")
 CPU = torch.device("cpu")
 NO_CAP = Cap(vram_bytes=None, allocator_bytes=None, total_bytes=CARD.vram_bytes)
+NO_RUN = Path("no-run-yet")
 POLICY = MemoryPolicy(
     phases={"G": PhasePolicy(micro_batch=4, activations="recompute"), "R1": PhasePolicy(activations="offload")},
     optimizers={"D": OptimizerPolicy(state="host")},
@@ -149,7 +150,7 @@ def test_what_was_measured_is_learnt(
     trials = iter([trial_of(plan, allocator_bytes=more, device_bytes=plan.needed_bytes + 2**27), trial_of(plan)])
     monkeypatch.setattr(training, "try_out", lambda *_: next(trials))
     said: list[str] = []
-    chosen = training.choose(tiny("batch=16"), CPU, NO_CAP, 1, said.append)
+    chosen = training.choose(tiny("batch=16"), CPU, NO_CAP, 1, NO_RUN, said.append)
     assert chosen.plan == plan
     assert any("planning again" in line for line in said)
     learnt = calibration.load(CARD)
@@ -165,7 +166,7 @@ def test_a_try_that_runs_out_widens_the_margin(
     trials = iter([trial_of(plan, ran_out=True), trial_of(plan)])
     monkeypatch.setattr(training, "try_out", lambda *_: next(trials))
     before = calibration.load(CARD).margin_fraction
-    training.choose(tiny("batch=16"), CPU, NO_CAP, 1, lambda _: None)
+    training.choose(tiny("batch=16"), CPU, NO_CAP, 1, NO_RUN, lambda _: None)
     assert calibration.load(CARD).margin_fraction > before
 
 
@@ -188,7 +189,7 @@ def test_a_try_changes_nothing(tiny: Make, plan: Plan) -> None:
     expected = torch.rand(4)
     torch.manual_seed(3)
     chosen = training.under(tiny("batch=16"), plan.policy, plan)
-    trial = training.try_out(chosen, CPU)
+    trial = training.try_out(chosen, CPU, NO_RUN)
     assert torch.equal(torch.rand(4), expected)
     assert trial.seconds > 0
     assert trial.allocator_bytes > 0
@@ -200,7 +201,7 @@ def test_a_try_that_runs_out_of_memory_is_a_result(tiny: Make, plan: Plan, monke
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     monkeypatch.setattr(training, "_run", fail)
-    assert training.try_out(training.under(tiny("batch=16"), plan.policy, plan), CPU).ran_out
+    assert training.try_out(training.under(tiny("batch=16"), plan.policy, plan), CPU, NO_RUN).ran_out
 
 
 def test_other_errors_of_a_try_are_raised(tiny: Make, plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,7 +210,7 @@ def test_other_errors_of_a_try_are_raised(tiny: Make, plan: Plan, monkeypatch: p
 
     monkeypatch.setattr(training, "_run", fail)
     with pytest.raises(ValueError, match="something else"):
-        training.try_out(training.under(tiny("batch=16"), plan.policy, plan), CPU)
+        training.try_out(training.under(tiny("batch=16"), plan.policy, plan), CPU, NO_RUN)
 
 
 # A process of its own.

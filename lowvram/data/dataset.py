@@ -6,7 +6,7 @@ import hashlib
 import logging
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,6 +45,15 @@ class Fetched(NamedTuple):
     label: int  # -1 without labels
     skipped: list[str]  # "file: reason"
     enlarged: str | None  # name of the image, where it is smaller than the resolution
+
+
+class Item(NamedTuple):
+    """What a loader is given for an index: as `Fetched`, with the array as it goes into a batch."""
+
+    array: NDArray[Any]  # item_shape, item_dtype
+    label: int
+    skipped: list[str]
+    enlarged: str | None
 
 
 @dataclass(kw_only=True)
@@ -98,6 +107,8 @@ class ImageSet(ABC):
     """
 
     channels = 3
+    crops = 1  # that `read` can choose from
+    item_dtype: type[np.generic] = np.uint8
 
     def __init__(
         self,
@@ -132,6 +143,14 @@ class ImageSet(ABC):
     @abstractmethod
     def identity(self) -> list[str]:
         """What makes this set of images itself: where it is, and what is in it."""
+
+    def size(self, index: int) -> tuple[int, int]:
+        """Width and height of image `index`, upright, before it is cropped; no pixel is decoded. Raises BadImageError."""
+        return self.resolution, self.resolution
+
+    def times(self) -> list[str]:
+        """When each image was last changed, where `identity` cannot tell an image that was edited in place."""
+        return []
 
     @property
     def num_classes(self) -> int:
@@ -180,6 +199,16 @@ class ImageSet(ABC):
             f"none of the {len(self)} images of {self.name} can be used, the first: {skipped[0]}",
             "Check that data.path names a folder or zip of PNG, JPEG or WebP images.",
         )
+
+    @property
+    def item_shape(self) -> tuple[int, ...]:
+        """The shape of what `read` gives."""
+        return (self.channels, self.resolution, self.resolution)
+
+    def read(self, index: int, *, mirrored: bool = False, crop: int = 0) -> Item:
+        """Image `index` as it goes into a batch, uint8 [3, R, R]; otherwise as `fetch`."""
+        pixels, label, skipped, enlarged = self.fetch(index)
+        return Item((pixels[:, ::-1] if mirrored else pixels).transpose(2, 0, 1), label, skipped, enlarged)
 
     def __getitem__(self, index: int) -> Tensor:
         """Image `index` as a uint8 tensor [3, R, R]; bad files are logged and replaced as in `fetch`."""

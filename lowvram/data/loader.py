@@ -8,6 +8,7 @@ any number of workers and processes, exactly where it stopped.
 from __future__ import annotations
 
 import logging
+import math
 import re
 import shutil
 import signal
@@ -30,16 +31,19 @@ from lowvram.errors import LowVRAMError
 
 log = logging.getLogger(__name__)
 
-# Positions of one batch, and the images and mirror flags they stand for: int64, int64, bool [n].
-Request = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]
+# Positions of one batch, and the images, mirror flags and crops they stand for: int64, int64, bool, int64 [n].
+Request = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_], NDArray[np.int64]]
 
 _PREFETCH_BYTES = 256 * 2**20
 
 
 @dataclass
 class Batch:
-    """images: uint8 [n, 3, R, R], pinned with CUDA; labels: int64 [n], -1 without labels; position: int64 [n], each
-    sample's place in the stream; skipped: "file: reason" of each bad file whose place another image took."""
+    """images: uint8 [n, 3, R, R], or what else the data set reads (latents, float16 [n, C, h, w]); pinned with CUDA.
+
+    labels: int64 [n], -1 without labels. position: int64 [n], each sample's place in the stream. skipped: "file:
+    reason" of each bad file whose place another image took.
+    """
 
     images: Tensor
     labels: Tensor
@@ -57,7 +61,7 @@ class _Parcel:
     Only the images are worth shared memory, as a tensor: arrays go through the pipe, small ones faster.
     """
 
-    images: Tensor | NDArray[np.uint8] | None = None
+    images: Tensor | NDArray[Any] | None = None
     labels: NDArray[np.int64] | None = None
     position: NDArray[np.int64] | None = None
     skipped: list[str] = field(default_factory=list)
@@ -78,23 +82,21 @@ class _Reader(Dataset[_Parcel]):
         self.as_arrays = as_arrays
 
     def __getitem__(self, request: Request) -> _Parcel:
-        position, index, mirrored = request
-        size = self.dataset.resolution
+        position, index, mirrored, crops = request
         # A fresh tensor goes to shared memory without a second copy.
-        images = torch.empty(len(index), 3, size, size, dtype=torch.uint8)  # [n, 3, R, R]
+        dtype = torch.from_numpy(np.empty(0, self.dataset.item_dtype)).dtype
+        images = torch.empty(len(index), *self.dataset.item_shape, dtype=dtype)  # [n, 3, R, R]
         labels = np.empty(len(index), np.int64)
         parcel = _Parcel()
         out = images.numpy()
-        for row, (at, flip) in enumerate(zip(index.tolist(), mirrored.tolist(), strict=True)):
+        for row, (at, flip, crop) in enumerate(zip(index.tolist(), mirrored.tolist(), crops.tolist(), strict=True)):
             try:
-                fetched = self.dataset.fetch(at)
+                item = self.dataset.read(at, mirrored=flip, crop=crop)
             except LowVRAMError as error:  # as data: a DataLoader would rebuild it with its message alone
                 return _Parcel(error=(error.problem, error.remedy))
-            pixels = fetched.pixels[:, ::-1] if flip else fetched.pixels
-            out[row] = pixels.transpose(2, 0, 1)
-            labels[row] = fetched.label
-            parcel.skipped += [line for line in fetched.skipped if line not in parcel.skipped]
-            parcel.enlarged = parcel.enlarged or fetched.enlarged
+            out[row], labels[row] = item.array, item.label
+            parcel.skipped += [line for line in item.skipped if line not in parcel.skipped]
+            parcel.enlarged = parcel.enlarged or item.enlarged
         parcel.images = out if self.as_arrays else images
         parcel.labels, parcel.position = labels, position
         return parcel
@@ -157,7 +159,7 @@ class Loader:
         self.world_size = world_size
         self.pin_memory = pin_memory
         self.start_method = start_method
-        self._epochs: dict[int, tuple[NDArray[np.int64], NDArray[np.bool_]]] = {}
+        self._epochs: dict[int, tuple[NDArray[np.int64], NDArray[np.bool_], NDArray[np.int64]]] = {}
 
     def positions(self, first: int) -> NDArray[np.int64]:
         """This process's share of the global batch that starts at position `first`: int64 [batch / world_size]."""
@@ -165,30 +167,32 @@ class Loader:
         grid = np.arange(first, first + self.batch, dtype=np.int64).reshape(self.group, -1)
         return grid[:, self.rank * columns : (self.rank + 1) * columns].ravel()
 
-    def lookup(self, position: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        """The image index and the mirror flag of each position: int64 and bool [n], a function of (seed, position)."""
+    def lookup(self, position: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.bool_], NDArray[np.int64]]:
+        """The image index, mirror flag and crop of each position: int64, bool, int64 [n], by (seed, position) alone."""
         epochs, offset = np.divmod(position, len(self.dataset))
         index = np.empty_like(position)
         mirrored = np.zeros(len(position), np.bool_)
+        crop = np.zeros_like(position)
         for epoch in np.unique(epochs).tolist():
             rows = epochs == epoch
-            order, coins = self._epoch(epoch)
-            index[rows] = order[offset[rows]]
+            order, coins, crops = self._epoch(epoch)
+            index[rows], crop[rows] = order[offset[rows]], crops[offset[rows]]
             if self.mirror:
                 mirrored[rows] = coins[offset[rows]]
-        return index, mirrored
+        return index, mirrored, crop
 
-    def _epoch(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        """The order of an epoch's images, and one coin for each position: int64 and bool [N]."""
+    def _epoch(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.bool_], NDArray[np.int64]]:
+        """The order of an epoch's images, and for each position a coin and a crop: int64, bool, int64 [N]."""
         if epoch not in self._epochs:
             # RandomState keeps its numbers from one numpy to the next, which the newer generators do not promise.
             words = [*_words(self.seed), *_words(epoch)]
             random = np.random.RandomState(words)
             order = random.permutation(len(self.dataset)).astype(np.int64)
             coins = random.randint(0, 2, len(self.dataset)).astype(np.bool_)
+            crops = random.randint(0, self.dataset.crops, len(self.dataset)).astype(np.int64)
             while len(self._epochs) >= 4:  # a batch rarely spans more; a tiny set in a large batch draws anew
                 self._epochs.pop(next(iter(self._epochs)))
-            self._epochs[epoch] = (order, coins)
+            self._epochs[epoch] = (order, coins, crops)
         return self._epochs[epoch]
 
     def iterate(self, images_seen: int) -> Generator[Batch, None, None]:
@@ -235,7 +239,8 @@ class Loader:
         )
 
     def _data_loader(self, start: int) -> DataLoader[_Parcel]:
-        batch_bytes = self.batch // self.world_size * 3 * self.dataset.resolution**2
+        item_bytes = math.prod(self.dataset.item_shape) * np.dtype(self.dataset.item_dtype).itemsize
+        batch_bytes = self.batch // self.world_size * item_bytes
         prefetch = int(np.clip(_PREFETCH_BYTES // max(1, batch_bytes * self.workers), 1, 4))
         flight_bytes = batch_bytes * (prefetch + 1) * self.workers
         return DataLoader(

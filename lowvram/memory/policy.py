@@ -165,7 +165,7 @@ class MemoryPolicy:
         autocast, for networks that leave it to the policy.
         """
         memory = settings.memory
-        micro_batches = asdict(settings.micro_batch)
+        micro_batches = settings.micro_batches()
         by_phase = {
             name: PhasePolicy(
                 micro_batch=micro_batches.get(name), activations=activations, recompute_every=memory.recompute_every

@@ -1,7 +1,6 @@
 """A recipe's task as a subject to plan for."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from lowvram.planner.options import LOSSES, ROUNDINGS, Fixed, check_allowed
 from lowvram.planner.plan import Plan
 from lowvram.planner.subject import Subject
 from lowvram.planner.tracing import Structure
-from lowvram.settings import PHASES, Settings, parse_bytes
+from lowvram.settings import Settings, parse_bytes
 from lowvram.tasks import build_task
 
 _UNPLANNED = ("memory.weights_dtype", "memory.fsdp")
@@ -28,19 +27,18 @@ def subject_of(settings: Settings) -> Callable[[], Subject]:
 
     def build() -> Subject:
         device = torch.device("cpu")
-        task = build_task(as_later(settings), device)
+        task = build_task(settings.at_full_cost(), device)
         task.prepare_training()
-        shape = (3, settings.resolution, settings.resolution)
 
         def micro_batch(phase: Phase, n: int) -> MicroBatch:
-            images = torch.empty(n, *shape, dtype=torch.uint8, device=device)
+            images = task.example(n)
             labels = torch.zeros(n, dtype=torch.int64, device=device)
             return MicroBatch(images=images, labels=labels, seeds=seeds(n))
 
         def sample(n: int) -> Tensor:
             return task.sample(n, micro_batch=n)
 
-        whole = settings.batch * shape[0] * shape[1] * shape[2]
+        whole = sum(x.numel() * x.element_size() for x in [task.example(settings.batch)])
         return Subject(
             phases=task.phases,
             networks=task.networks,
@@ -55,11 +53,6 @@ def subject_of(settings: Settings) -> Callable[[], Subject]:
         )
 
     return build
-
-
-def as_later(settings: Settings) -> Settings:
-    """Augmentation that starts at p = 0 costs nothing at first; a plan is for the time when it does."""
-    return replace(settings, augment=replace(settings.augment, p=settings.augment.p or 0.5))
 
 
 def seeds(n: int) -> Tensor:
@@ -90,7 +83,7 @@ def plan_recipe(
 
 
 def _request(settings: Settings, changes: tuple[str, ...]) -> make.Request:
-    names = phase_names(settings)
+    names = settings.phase_names()
     return make.Request(
         build=subject_of(settings),
         name=settings.recipe,
@@ -111,7 +104,7 @@ def fixed_by(settings: Settings) -> Fixed:
     for name in settings.overrides:
         group, _, key = name.rpartition(".")
         if group == "micro_batch":
-            phases.setdefault(key, {})["micro_batch"] = getattr(settings.micro_batch, key)
+            phases.setdefault(key, {})["micro_batch"] = settings.micro_batches()[key]
         elif group == "memory.activations":
             phases.setdefault(key, {})["activations"] = memory.activations[key]
         elif group in _UNPLANNED or name in _UNPLANNED:
@@ -125,7 +118,7 @@ def fixed_by(settings: Settings) -> Fixed:
             field_ = "kind" if column == "optimizer" else column
             optimizers.setdefault(key, {})[field_] = memory.by_optimizer()[column][key]
     if "memory.recompute_every" in settings.overrides:
-        for name in phase_names(settings):
+        for name in settings.phase_names():
             phases.setdefault(name, {})["recompute_every"] = memory.recompute_every
     ema = memory.ema if "memory.ema" in settings.overrides else None
     return Fixed(phases=phases, optimizers=optimizers, ema=ema, weights=_fixed_weights(settings))
@@ -145,21 +138,11 @@ def _fixed_weights(settings: Settings) -> str | None:
     return places.pop()
 
 
-def phase_names(settings: Settings) -> list[str]:
-    """The phases that a recipe trains."""
-    loss = settings.loss
-    used = {
-        "path_length": loss.path_length_every and loss.path_length_weight,
-        "R1": loss.r1_every and settings.r1_gamma,
-    }
-    return [name for name in PHASES if used.get(name, True)]
-
-
 def with_micro_batches(policy: MemoryPolicy, settings: Settings, names: Iterable[str]) -> MemoryPolicy:
     """The policy with a recipe's own micro-batches written out."""
     for name in names:
         whole = settings.phase_batch(name)
-        policy = policy.with_phase(name, micro_batch=min(getattr(settings.micro_batch, name) or whole, whole))
+        policy = policy.with_phase(name, micro_batch=min(settings.micro_batches()[name] or whole, whole))
     return policy
 
 
@@ -168,17 +151,4 @@ def _changed(settings: Settings, allow: Collection[str]) -> Iterator[tuple[Setti
     roundings = tuple(name for name in allow if name in ROUNDINGS)
     if roundings:
         yield settings, ()
-    changes: tuple[str, ...] = ()
-    for name in allow:
-        if name not in LOSSES:
-            continue
-        loss = settings.loss
-        if name == "pl_shrink":
-            loss = replace(loss, path_length_batch_shrink=min(settings.batch, 2 * loss.path_length_batch_shrink))
-            said = f"loss.path_length_batch_shrink={loss.path_length_batch_shrink}"
-        else:
-            loss = replace(loss, r1_kind="finite_difference")
-            said = "loss.r1_kind=finite_difference"
-        settings = replace(settings, loss=loss)
-        changes = (*changes, said)
-        yield settings, changes
+    yield from settings.changed([name for name in allow if name in LOSSES])

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lowvram import rng
 from lowvram.config import settings_values
@@ -27,7 +26,6 @@ from lowvram.planner import calibration, cards
 from lowvram.planner.calibration import Constants
 from lowvram.planner.cards import Card
 from lowvram.planner.plan import Plan
-from lowvram.planner.recipe import as_later, phase_names
 from lowvram.planner.worker import plan_apart
 from lowvram.settings import Settings
 from lowvram.tasks import Task, build_task
@@ -58,8 +56,12 @@ class Trial:
     ran_out: bool = False
 
 
-def choose(settings: Settings, device: torch.device, cap: Cap, world_size: int, say: Callable[[str], None]) -> Chosen:
+def choose(
+    settings: Settings, device: torch.device, cap: Cap, world_size: int, folder: Path, say: Callable[[str], None]
+) -> Chosen:
     """The policy for a training: the user's, or a plan for the card that was tried out on it.
+
+    folder: of the run.
 
     Raises:
         LowVRAMError: no plan fits, or a file of `memory=FILE` can't be used.
@@ -80,7 +82,7 @@ def choose(settings: Settings, device: torch.device, cap: Cap, world_size: int, 
             )
         chosen = under(settings, plan.policy, plan)
         constants = calibration.load(card)
-        trial = try_out(chosen, device)
+        trial = try_out(chosen, device, folder)
         say(compared(plan, trial))
         calibration.save(card, learnt(plan, trial, constants))
         if not trial.ran_out and trial.device_bytes <= plan.needed_bytes:
@@ -97,9 +99,8 @@ def plans_for(settings: Settings, device: torch.device, world_size: int) -> bool
 
 def under(settings: Settings, policy: MemoryPolicy, plan: Plan | None = None) -> Chosen:
     """The settings with a policy's micro-batches, which the task's sampler goes by too."""
-    micro = {name: policy.phase(name).micro_batch for name in phase_names(settings)}
-    micro_batch = replace(settings.micro_batch, **{name: n for name, n in micro.items() if n is not None})
-    return Chosen(settings=replace(settings, micro_batch=micro_batch), policy=policy, plan=plan)
+    micro = {name: policy.phase(name).micro_batch for name in settings.phase_names()}
+    return Chosen(settings=settings.with_micro_batches(micro), policy=policy, plan=plan)
 
 
 def policy_in(path: Path, settings: Settings) -> MemoryPolicy:
@@ -123,7 +124,7 @@ def policy_in(path: Path, settings: Settings) -> MemoryPolicy:
             policy = MemoryPolicy.from_dict(values)
         except (TypeError, AttributeError, ValueError) as error:
             raise LowVRAMError(f"memory={path} is neither a plan nor a policy: {error}.", "Give a plan.json.") from None
-    names = phase_names(settings)
+    names = settings.phase_names()
     for name in policy.phases:
         if name not in names:
             raise LowVRAMError(f"memory={path} is for a phase {name}.", f"This recipe trains {', '.join(names)}.")
@@ -153,14 +154,17 @@ def apply_to(task: Task, chosen: Chosen, device: torch.device, **processes: Any)
 # Trying out.
 
 
-def try_out(chosen: Chosen, device: torch.device) -> Trial:
-    """Run each phase twice on networks that are thrown away after it, the heaviest first, and sample."""
+def try_out(chosen: Chosen, device: torch.device, folder: Path) -> Trial:
+    """Run each phase twice on networks that are thrown away after it, the heaviest first, and sample.
+
+    folder: of the run that is tried out.
+    """
     states = rng.states(device)
     meter = Meter(device, synchronize=True)
     before = guard.outside_bytes(device) if device.type == "cuda" else 0
     ran_out = False
     try:
-        _run(chosen, device, meter)
+        _run(chosen, device, meter, folder)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -179,13 +183,12 @@ def try_out(chosen: Chosen, device: torch.device) -> Trial:
     )
 
 
-def _run(chosen: Chosen, device: torch.device, meter: Meter) -> None:
-    settings = as_later(chosen.settings)
-    task = build_task(settings, device)
+def _run(chosen: Chosen, device: torch.device, meter: Meter, folder: Path) -> None:
+    settings = chosen.settings.at_full_cost()
+    task = build_task(settings, device, folder)
     task.prepare_training()
     applied = apply_to(task, chosen, device)
-    shape = (settings.batch, 3, settings.resolution, settings.resolution)
-    images: Tensor = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
+    images = task.example(settings.batch)
     labels, positions = torch.zeros(settings.batch, dtype=torch.int64), torch.arange(settings.batch)
     peaks = {phase.name: phase.live_bytes for phase in chosen.plan.phases} if chosen.plan else {}
     for time_ in ("warm-up", "timed"):

@@ -5,11 +5,13 @@ from collections.abc import Callable, Iterator
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lowvram import checkpoint as checkpoints
+from lowvram import standin
 from lowvram.data import ImageSet, open_dataset
 from lowvram.ema import ExponentialMovingAverage
 from lowvram.errors import LowVRAMError
@@ -32,6 +34,7 @@ class Task(ABC):
         averages: updated by the trainer after each step.
         own_precision: the networks choose their own 16-bit layers, so that autocast is not for them.
         group: how many samples belong together in a batch (see Phase.group).
+        sample_options: what `sample` can be told beside its own arguments.
     """
 
     networks: dict[str, nn.Module]
@@ -42,27 +45,48 @@ class Task(ABC):
     averages: list[ExponentialMovingAverage]
     group: int = 1
     own_precision: bool = False
+    sample_options: tuple[str, ...] = ()
 
-    def __init__(self, settings: Settings, device: torch.device) -> None:
+    def __init__(self, settings: Settings, device: torch.device, folder: Path | None = None) -> None:
+        """folder: of the run, for tasks that keep something beside the checkpoints; None while there is none."""
         self.settings = settings
         self.device = device
+        self.folder = folder
+
+    @classmethod
+    def earlier(cls, settings: Settings, folder: Path | None) -> Settings | None:
+        """The recipe that must be trained before this one can, if there is such and no run of it is done."""
+        return None
+
+    @classmethod  # noqa: B027 - a task may have nothing to prepare
+    def prepare_data(
+        cls, settings: Settings, device: torch.device, folder: Path, say: Callable[[str], None]
+    ) -> None:
+        """Write what training reads from the disk, where it is not there yet. Called in one process, before making one.
+
+        folder: of the run, which may not be there yet.
+        """
 
     @cached_property
     def _dataset(self) -> ImageSet:
-        data = self.settings.data
-        return open_dataset(
-            data.path,
-            resolution=self.settings.resolution,
-            labels=data.labels,
-            max_images=data.max_images,
-            on_bad_file=data.on_bad_file,
-            bad_file_limit=data.bad_file_limit,
-            builtin_count=data.builtin_count,
-        )
+        return open_images(self.settings)
 
     def dataset(self) -> ImageSet:
         """The data set of the recipe, opened at the first call."""
         return self._dataset
+
+    def items(self) -> ImageSet:
+        """What batches are read from: the images, unless the task has made something else of them."""
+        return self.dataset()
+
+    def example(self, n: int) -> Tensor:
+        """n samples on the device, of the shape and type that `items` gives, for trials and plans."""
+        shape = (n, 3, self.settings.resolution, self.settings.resolution)
+        images = torch.empty(shape, dtype=torch.uint8, device=self.device)
+        return images if standin.active() else images.random_(0, 256)
+
+    def write_beside(self, folder: Path) -> None:  # noqa: B027 - a task may have nothing to write
+        """Write into the run's folder what it keeps once, beside its checkpoints."""
 
     @abstractmethod
     def prepare_training(self) -> None:
@@ -88,13 +112,14 @@ class Task(ABC):
         n: int,
         seed: int = 0,
         *,
-        truncation_psi: float = 1.0,
-        noise_mode: str = "const",
-        classes: list[int] | None = None,
         micro_batch: int | None = None,
         start: int = 0,
+        **options: Any,
     ) -> Tensor:
-        """Images start ... start + n - 1, uint8 [n, C, H, W] on the CPU. Image i depends on the seed and i alone."""
+        """Images start ... start + n - 1, uint8 [n, C, H, W] on the CPU. Image i depends on the seed and i alone.
+
+        micro_batch: images at a time; None: as the training's memory allows. options: of `sample_options`.
+        """
 
     @abstractmethod
     def interpolate(
@@ -103,10 +128,29 @@ class Task(ABC):
         """Frames of a looping path through the latent space, each uint8 [C, H, W]."""
 
 
-def build_task(settings: Settings, device: torch.device) -> Task:
-    """The task that a recipe names, with freshly initialised networks on the device."""
-    task: Task = import_module(f"lowvram.tasks.{settings.task}").build(settings, device)
+def task_class(settings: Settings) -> type[Task]:
+    """The kind of task that a recipe names."""
+    task: type[Task] = import_module(f"lowvram.tasks.{settings.task}").TASK
     return task
+
+
+def build_task(settings: Settings, device: torch.device, folder: Path | None = None) -> Task:
+    """The task that a recipe names, with freshly initialised networks on the device. folder: of its run."""
+    return task_class(settings)(settings, device, folder)
+
+
+def open_images(settings: Settings) -> ImageSet:
+    """The data set of a recipe."""
+    data = settings.data
+    return open_dataset(
+        data.path,
+        resolution=settings.resolution,
+        labels=data.labels,
+        max_images=data.max_images,
+        on_bad_file=data.on_bad_file,
+        bad_file_limit=data.bad_file_limit,
+        builtin_count=data.builtin_count,
+    )
 
 
 def load_run(run_folder: str | Path, *, checkpoint: str | int = "latest", device: str = "auto") -> Task:
@@ -119,7 +163,7 @@ def load_run(run_folder: str | Path, *, checkpoint: str | int = "latest", device
     """
     run = Run.open(run_folder)
     path = run.find_checkpoint(checkpoint)
-    task = build_task(run.settings, pick_device(device))
+    task = build_task(run.settings, pick_device(device), run.folder)
     saved = checkpoints.read(path, only=task.sampling_networks)
     for name in task.sampling_networks:
         load_network(task.networks[name], saved.tensors.get(name, {}), name, path)

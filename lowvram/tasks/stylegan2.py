@@ -4,6 +4,7 @@ Papers: StyleGAN2 arXiv 1912.04958, ADA arXiv 2006.06676.
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -17,24 +18,21 @@ from lowvram.models.stylegan2 import Discriminator, Generator
 from lowvram.objectives import adversarial
 from lowvram.phase import MicroBatch, Phase
 from lowvram.sampling import gan
-from lowvram.settings import Settings
+from lowvram.settings import StyleGAN2Settings
 from lowvram.tasks import Task
-
-
-def build(settings: Settings, device: torch.device) -> "StyleGAN2Task":
-    """The task of a recipe with `task: stylegan2`."""
-    return StyleGAN2Task(settings, device)
 
 
 class StyleGAN2Task(Task):
     """Networks `G`, `D`, `G_ema` and, with augmentation, `augment`."""
 
+    settings: StyleGAN2Settings
     sampling_networks = ("G_ema",)
     optional_networks = ("augment",)
     own_precision = True
+    sample_options = ("truncation_psi", "noise_mode", "classes")
 
-    def __init__(self, settings: Settings, device: torch.device) -> None:
-        super().__init__(settings, device)
+    def __init__(self, settings: StyleGAN2Settings, device: torch.device, folder: Path | None = None) -> None:
+        super().__init__(settings, device, folder)
         self.group = settings.model.mbstd_group_size
         self.c_dim = self.dataset().num_classes if settings.data.labels else 0
         self.G_ema = self._generator().eval().requires_grad_(False)
@@ -250,22 +248,13 @@ class StyleGAN2Task(Task):
         n: int,
         seed: int = 0,
         *,
-        truncation_psi: float = 1.0,
-        noise_mode: str = "const",
-        classes: list[int] | None = None,
         micro_batch: int | None = None,
         start: int = 0,
+        **options: Any,
     ) -> Tensor:
-        return gan.sample_images(
-            self.G_ema,
-            n,
-            seed=seed,
-            truncation_psi=truncation_psi,
-            noise_mode=noise_mode,
-            classes=classes,
-            micro_batch=micro_batch or self._sampling_slice(),
-            start=start,
-        )
+        """As `gan.sample_images`, which says what the options mean."""
+        micro_batch = micro_batch or self._sampling_slice()
+        return gan.sample_images(self.G_ema, n, seed=seed, micro_batch=micro_batch, start=start, **options)
 
     def interpolate(
         self, seed: int = 0, *, keyframes: int = 8, frames_per_keyframe: int = 30, **options: Any
@@ -314,8 +303,10 @@ class StyleGAN2Task(Task):
         return pipe
 
     def _label_lookup(self) -> Tensor | None:
+        if not self.c_dim:  # and no need for the data to be there, which a plan on another machine lacks
+            return None
         labels = self.dataset().labels
-        return torch.as_tensor(labels) if self.c_dim and labels is not None else None
+        return None if labels is None else torch.as_tensor(labels)
 
     def _adam(self, network: nn.Module, lr: float, every: int) -> torch.optim.Optimizer:
         """Adam whose step and memory allow for the extra update of a lazy phase (StyleGAN2 appendix B)."""
@@ -323,3 +314,6 @@ class StyleGAN2Task(Task):
         ratio = every / (every + 1) if every else 1.0
         betas = (settings.beta1**ratio, settings.beta2**ratio)
         return torch.optim.Adam(network.parameters(), lr=lr * ratio, betas=betas, eps=settings.eps, fused=True)
+
+
+TASK = StyleGAN2Task

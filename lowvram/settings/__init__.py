@@ -1,0 +1,37 @@
+"""Typed settings of a recipe, and the checks that span several of them.
+
+Values and their explanations live in conf/ (one YAML line and comment each); these files give them types and refuse
+combinations that can't work. They import neither torch nor Hydra, so that `--help` stays quick.
+"""
+
+from lowvram.settings.autoencoder import AutoencoderSettings
+from lowvram.settings.base import MEMORY_CHOICES, Settings
+from lowvram.settings.checks import check_resolution, flatten, nearest, one_of, parse_bytes
+from lowvram.settings.diffusion import DiffusionSettings
+from lowvram.settings.stylegan2 import StyleGAN2Settings
+
+BY_TASK: dict[str, type[Settings]] = {
+    "stylegan2": StyleGAN2Settings,
+    "autoencoder": AutoencoderSettings,
+    "diffusion": DiffusionSettings,
+}
+
+__all__ = [
+    "BY_TASK",
+    "MEMORY_CHOICES",
+    "AutoencoderSettings",
+    "DiffusionSettings",
+    "Settings",
+    "StyleGAN2Settings",
+    "check_resolution",
+    "flatten",
+    "nearest",
+    "parse_bytes",
+    "settings_class",
+]
+
+
+def settings_class(task: object) -> type[Settings]:
+    """The settings of a task. Raises LowVRAMError for one that is not known."""
+    one_of("task", str(task), tuple(BY_TASK))
+    return BY_TASK[str(task)]

@@ -1,0 +1,207 @@
+"""Settings of StyleGAN2, and the checks that span several of them."""
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
+
+from lowvram.errors import LowVRAMError
+from lowvram.settings.base import Settings
+from lowvram.settings.checks import at_least, divisor, fraction, near_multiple, one_of
+
+AUGMENT_MODES = ("none", "fixed", "ada")
+PIPELINES = ("blit", "geom", "color", "filter", "noise", "cutout", "bg", "bgc", "bgcf", "bgcfn", "bgcfnc")
+R1_KINDS = ("exact", "finite_difference")
+
+
+@dataclass(kw_only=True)
+class ModelSettings:
+    """Shape of the StyleGAN2 networks."""
+
+    z_dim: int
+    w_dim: int
+    mapping_layers: int
+    channel_base: int
+    channel_max: int
+    num_fp16_res: int
+    conv_clamp: float | None
+    mbstd_group_size: int
+
+    def __post_init__(self) -> None:
+        for name in ("z_dim", "w_dim", "mapping_layers", "channel_base", "channel_max", "mbstd_group_size"):
+            at_least(f"model.{name}", getattr(self, name), 1)
+        at_least("model.num_fp16_res", self.num_fp16_res, 0)
+
+
+@dataclass(kw_only=True)
+class LossSettings:
+    """The objective: logistic loss, lazy R1, lazy path length (arXiv 1912.04958)."""
+
+    r1_gamma: float | None
+    r1_every: int
+    path_length_weight: float
+    path_length_every: int
+    path_length_batch_shrink: int
+    path_length_decay: float
+    style_mixing: float
+    r1_kind: str = "exact"  # defaults, because runs from before these two settings have none in their recipe
+    r1_sigma: float = 0.01
+
+    def __post_init__(self) -> None:
+        for name in ("r1_every", "path_length_every"):
+            at_least(f"loss.{name}", getattr(self, name), 0)
+        at_least("loss.path_length_batch_shrink", self.path_length_batch_shrink, 1)
+        at_least("loss.path_length_weight", self.path_length_weight, 0)
+        fraction("loss.style_mixing", self.style_mixing)
+        fraction("loss.path_length_decay", self.path_length_decay)
+        if self.r1_gamma is not None:
+            at_least("loss.r1_gamma", self.r1_gamma, 0)
+        one_of("loss.r1_kind", self.r1_kind, R1_KINDS)
+        if not 0 < self.r1_sigma <= 1:
+            raise LowVRAMError(
+                f"loss.r1_sigma={self.r1_sigma} must lie in (0, 1]: images lie in [-1, 1].", "A usual value is 0.01."
+            )
+
+
+@dataclass(kw_only=True)
+class OptimizerSettings:
+    """Adam, for the generator and the discriminator."""
+
+    lr: float
+    lr_d: float | None
+    beta1: float
+    beta2: float
+    eps: float
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "eps") + (("lr_d",) if self.lr_d is not None else ()):
+            if getattr(self, name) <= 0:
+                raise LowVRAMError(
+                    f"optimizer.{name}={getattr(self, name)} must be above 0.", "A usual value is 0.0025."
+                )
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise LowVRAMError(f"optimizer.{name}={getattr(self, name)} must lie in [0, 1).", "Use 0 and 0.99.")
+
+
+@dataclass(kw_only=True)
+class EmaSettings:
+    """The averaged generator that samples are drawn from."""
+
+    half_life_kimg: float
+    rampup: float | None
+    w_avg_beta: float
+
+    def __post_init__(self) -> None:
+        at_least("ema.half_life_kimg", self.half_life_kimg, 0)
+        fraction("ema.w_avg_beta", self.w_avg_beta)
+
+
+@dataclass(kw_only=True)
+class AugmentSettings:
+    """Discriminator augmentation (ADA, arXiv 2006.06676)."""
+
+    mode: str
+    pipeline: str
+    p: float
+    target: float
+    interval: int
+    adjust_kimg: float
+
+    def __post_init__(self) -> None:
+        one_of("augment.mode", self.mode, AUGMENT_MODES)
+        one_of("augment.pipeline", self.pipeline, PIPELINES)
+        fraction("augment.p", self.p)
+        fraction("augment.target", self.target)
+        at_least("augment.interval", self.interval, 1)
+        if self.adjust_kimg <= 0:
+            raise LowVRAMError(f"augment.adjust_kimg={self.adjust_kimg} must be above 0.", "The paper uses 500.")
+
+
+@dataclass(kw_only=True)
+class MicroBatchSettings:
+    """Images of one process in memory at a time, for each phase; None is the whole batch."""
+
+    G: int | None
+    path_length: int | None
+    D: int | None
+    R1: int | None
+
+
+@dataclass(kw_only=True)
+class StyleGAN2Settings(Settings):
+    """A recipe with `task: stylegan2`; conf/task/stylegan2.yaml explains each setting."""
+
+    model: ModelSettings
+    loss: LossSettings
+    optimizer: OptimizerSettings
+    ema: EmaSettings
+    augment: AugmentSettings
+    micro_batch: MicroBatchSettings
+
+    def __post_init__(self) -> None:
+        group = self.model.mbstd_group_size
+        at_least("batch", self.batch, 1)
+        if self.batch % group:
+            raise LowVRAMError(
+                f"batch={self.batch} must be a multiple of model.mbstd_group_size={group}.",
+                f"Use batch={near_multiple(self.batch, group)}, "
+                f"or model.mbstd_group_size={divisor(self.batch, group)}.",
+            )
+        shrink = self.loss.path_length_batch_shrink
+        if self.batch // shrink < 1:
+            raise LowVRAMError(
+                f"loss.path_length_batch_shrink={shrink} leaves nothing of batch={self.batch}.",
+                f"Use a value up to {self.batch}.",
+            )
+        super().__post_init__()
+
+    def phase_names(self) -> list[str]:
+        loss = self.loss
+        used = {
+            "path_length": loss.path_length_every and loss.path_length_weight,
+            "R1": loss.r1_every and self.r1_gamma,
+        }
+        return [name for name in self.micro_batches() if used.get(name, True)]
+
+    def phase_batch(self, phase: str) -> int:
+        return self.batch // self.loss.path_length_batch_shrink if phase == "path_length" else self.batch
+
+    def phase_group(self, phase: str) -> int:
+        return 1 if phase == "path_length" else self.model.mbstd_group_size
+
+    def _check_micro_batch(self, phase: str, micro: int | None) -> None:
+        group = self.phase_group(phase)
+        if micro is not None and 0 < micro < self.phase_batch(phase) and micro % group:
+            raise LowVRAMError(
+                f"micro_batch.{phase}={micro} must be a multiple of model.mbstd_group_size={group}, or the "
+                "discriminator sees other groups than in the full batch.",
+                f"Use {near_multiple(micro, group)}, or model.mbstd_group_size={divisor(micro, group)}.",
+            )
+        super()._check_micro_batch(phase, micro)
+
+    @property
+    def r1_gamma(self) -> float:
+        """The R1 weight: as set, or the usual 0.0002 * resolution^2 / batch."""
+        if self.loss.r1_gamma is not None:
+            return self.loss.r1_gamma
+        return 0.0002 * self.resolution**2 / self.batch
+
+    def at_full_cost(self) -> "StyleGAN2Settings":
+        """Augmentation that starts at p = 0 costs nothing at first; its cost comes when p has grown."""
+        return replace(self, augment=replace(self.augment, p=self.augment.p or 0.5))
+
+    def changed(self, allow: Collection[str]) -> Iterator[tuple["StyleGAN2Settings", tuple[str, ...]]]:
+        settings: StyleGAN2Settings = self
+        changes: tuple[str, ...] = ()
+        for name in allow:
+            loss = settings.loss
+            if name == "pl_shrink":
+                loss = replace(loss, path_length_batch_shrink=min(self.batch, 2 * loss.path_length_batch_shrink))
+                said = f"loss.path_length_batch_shrink={loss.path_length_batch_shrink}"
+            elif name == "fd_r1":
+                loss = replace(loss, r1_kind="finite_difference")
+                said = "loss.r1_kind=finite_difference"
+            else:
+                continue
+            settings = replace(settings, loss=loss)
+            changes = (*changes, said)
+            yield settings, changes
