@@ -233,11 +233,20 @@ def _parse_options(options_type: type[_Options], words: list[str]) -> _Options:
         if required and not any(w.startswith(f"{field.name}=") for w in words):
             raise LowVRAMError(f"{field.name} is missing.", f"Add {field.name}=VALUE.")
     with friendly_errors():
-        given = OmegaConf.from_dotlist([re.sub(r"=\[(.*)\]$", r"=\1", word) for word in words])  # lists are "a,b" here
+        given = OmegaConf.create(dict(_option_value(fields[word.split("=")[0]], word) for word in words))
         merged = OmegaConf.merge(OmegaConf.structured(options_type), given)
         options = OmegaConf.to_object(merged)
     assert isinstance(options, options_type)
     return options
+
+
+def _option_value(field: "dataclasses.Field[Any]", word: str) -> tuple[str, Any]:
+    """An option's name and value. Texts are taken as they are, for a prompt may hold anything; lists are "a,b" here."""
+    name, value = word.split("=", 1)
+    value = re.sub(r"^\[(.*)\]$", r"\1", value)
+    if "str" in str(field.type):
+        return name, None if value == "null" and "None" in str(field.type) else value
+    return name, OmegaConf.from_dotlist([f"{name}={value}"])[name]
 
 
 def _options_help(options_type: type, name: str) -> str:

@@ -70,6 +70,7 @@ class Phase:
         terms: how many the loss yields.
         second_order: the loss takes a derivative of a derivative (`create_graph`): R1, path length.
         every: the phase runs at each n-th step, and its loss counts n-fold (lazy regularisation).
+        start: the first step at which it runs.
         micro_batch: samples of one process in memory at a time; None: all of them.
         group: samples i, i + n / group, i + 2 n / group ... of a batch of n belong together (minibatch standard
             deviation) and stay in one micro-batch.
@@ -85,10 +86,15 @@ class Phase:
     terms: int = 1
     second_order: bool = False
     every: int = 1
+    start: int = 0
     micro_batch: int | None = None
     group: int = 1
     clip_norm: float | None = None
     finish: Callable[[dict[str, Tensor]], None] | None = None
+
+    def due(self, step: int) -> bool:
+        """Whether the phase runs at a step, counted from 0."""
+        return step >= self.start and step % self.every == 0
 
     def losses(self, micro: MicroBatch) -> Iterator[Tensor]:
         """The terms of the loss, each a scalar with a graph of its own."""

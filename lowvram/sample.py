@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -34,11 +35,23 @@ class SampleOptions:
     n: int | None = field(default=None, metadata=_help("images (16); with interpolate, walks side by side"))
     seed: int = field(default=0, metadata=_help("image i depends on the seed and i alone"))
     out: str | None = field(default=None, metadata=_help("folder to write to (RUN/samples, or the next free one)"))
-    truncation: float = field(
-        default=1.0, metadata=_help("1 for full variety, 0.7 for safer images, 0 for the average")
+    truncation: float | None = field(
+        default=None, metadata=_help("StyleGAN2: 1 for full variety, 0.7 for safer images, 0 for the average")
     )
-    noise: str = field(default="const", metadata=_help("const, random or none"))
+    noise: str | None = field(default=None, metadata=_help("StyleGAN2: const, random or none"))
+    prompt: str | None = field(default=None, metadata=_help("text; several, in turn, with | between them"))
     classes: str | None = field(default=None, metadata=_help("numbers or names, such as 3 or red,blue (all in turn)"))
+    steps: int | None = field(default=None, metadata=_help("diffusion: of the sampler (as the recipe says)"))
+    sampler: str | None = field(
+        default=None, metadata=_help("diffusion: euler, heun, dpmpp_2m, ddim or euler_ancestral")
+    )
+    spacing: str | None = field(default=None, metadata=_help("diffusion: of the steps: karras, uniform or trailing"))
+    guidance: float | None = field(
+        default=None, metadata=_help("diffusion: 1 as trained, above: more of the condition")
+    )
+    init: str | None = field(default=None, metadata=_help("diffusion: an image to make variations of"))
+    strength: float | None = field(default=None, metadata=_help("how much of init is changed: 0.6, or 1 with a mask"))
+    mask: str | None = field(default=None, metadata=_help("an image of init's size, white where it is made anew"))
     checkpoint: str = field(default="latest", metadata=_help("a step's number, or latest"))
     device: str = field(default="auto", metadata=_help("auto, cpu, cuda or cuda:N"))
     micro_batch: int | None = field(default=None, metadata=_help("images at a time (as the run's memory allows)"))
@@ -48,15 +61,15 @@ class SampleOptions:
     fps: int = field(default=24, metadata=_help("frames a second"))
 
     def __post_init__(self) -> None:
-        for name in ("n", "micro_batch", "fps"):
+        for name in ("n", "micro_batch", "fps", "steps"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise LowVRAMError(f"{name}={value} is too small.", "Use 1 or more.")
         if not 0 < self.seconds <= 3600:
             raise LowVRAMError(f"seconds={self.seconds} is no length for an animation.", "Use 8, or up to 3600.")
-        if not -10 <= self.truncation <= 10:
+        if self.truncation is not None and not -10 <= self.truncation <= 10:
             raise LowVRAMError(f"truncation={self.truncation} is out of range.", "Use a value from 0 to 1.")
-        if self.noise not in ("const", "random", "none"):
+        if self.noise not in (None, "const", "random", "none"):
             raise LowVRAMError(f"noise={self.noise} is not known.", "Use one of const, random, none.")
         if self.format not in ("webp", "mp4"):
             raise LowVRAMError(f"format={self.format} is not known.", "Use one of webp, mp4.")
@@ -69,9 +82,9 @@ def main(options: SampleOptions) -> None:
     run = Path(options.run).expanduser()
     _check_out(options.out)
     task = load_run(run, checkpoint=options.checkpoint, device=options.device)
-    classes = pick_classes(options.classes, task)
+    chosen = named_options(options, task)
     try:
-        path = animate(options, task, run, classes) if options.interpolate else images(options, task, run, classes)
+        path = animate(options, task, run, chosen) if options.interpolate else images(options, task, run, chosen)
     except OSError as error:
         raise LowVRAMError(
             f"the samples can't be written: {error}", "Free some space, or choose another out=FOLDER."
@@ -79,7 +92,62 @@ def main(options: SampleOptions) -> None:
     print(f"lowvram: wrote {path}")
 
 
-def images(options: SampleOptions, task: Any, run: Path, classes: list[int] | None) -> str:
+def named_options(options: SampleOptions, task: Any) -> dict[str, Any]:
+    """What was asked of the sampling, under the names that `task.sample` has for it.
+
+    Raises:
+        LowVRAMError: an option that this kind of run knows nothing of.
+    """
+    names = {"truncation": "truncation_psi", "noise": "noise_mode", "prompt": "prompts"}
+    asked: tuple[str, ...] = ("truncation", "noise", "prompt", "classes", "steps", "sampler", "spacing", "guidance")
+    asked += ("init", "strength", "mask")
+    chosen = {name: getattr(options, name) for name in asked}
+    chosen = {name: value for name, value in chosen.items() if value is not None}
+    for name in chosen:
+        if names.get(name, name) not in task.sample_options:
+            known = ", ".join(given for given in asked if names.get(given, given) in task.sample_options)
+            raise LowVRAMError(
+                f"{name} is nothing that a run of {task.settings.task} knows.", f"It knows {known or 'none'}."
+            )
+    if "classes" in chosen:
+        chosen["classes"] = pick_classes(options.classes, task)
+    if options.prompt is not None:
+        chosen["prompt"] = [text.strip() for text in options.prompt.split("|")]
+    chosen |= _pictures(options, task)
+    return {names.get(name, name): value for name, value in chosen.items()}
+
+
+def _pictures(options: SampleOptions, task: Any) -> dict[str, Any]:
+    """The images of init and mask, uint8 [3, R, R] and [1, R, R]: their centre square at the run's resolution."""
+    import torch
+
+    from lowvram.data.dataset import BadImageError
+    from lowvram.data.decode import decode_square
+    from lowvram.data.images import upright_size
+
+    sizes, read = {}, {}
+    for name in ("init", "mask"):
+        path = getattr(options, name)
+        if path is None:
+            continue
+        try:
+            data = Path(path).expanduser().read_bytes()
+            sizes[name] = upright_size(io.BytesIO(data), path)
+            pixels = decode_square(data, file=path, resolution=task.settings.resolution).pixels
+        except (OSError, BadImageError) as error:
+            raise LowVRAMError(f"{name}={path} can't be read: {error}.", "Give a PNG, JPEG or WebP image.") from error
+        read[name] = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
+    if len(sizes) == 2 and sizes["init"] != sizes["mask"]:
+        raise LowVRAMError(
+            "mask is {}x{} pixels and init {}x{}.".format(*sizes["mask"], *sizes["init"]),
+            "Give a mask of the size of the image.",
+        )
+    if "mask" in read:
+        read["mask"] = read["mask"][:1]
+    return read
+
+
+def images(options: SampleOptions, task: Any, run: Path, chosen: dict[str, Any]) -> str:
     """Write n images, each as it is made, and a grid of as many as fit. Returns what was written, in words."""
     import torch
 
@@ -97,10 +165,8 @@ def images(options: SampleOptions, task: Any, run: Path, classes: list[int] | No
         n,
         options.seed,
         batch=min(16, options.micro_batch or 16),
-        truncation_psi=options.truncation,
-        noise_mode=options.noise,
-        classes=classes,
         micro_batch=options.micro_batch,
+        **chosen,
     )
     first = next(batches)  # before the folder is made, so that a refused option leaves nothing behind
     out = _make_out(options.out, run, [*names, "grid.png"])
@@ -117,7 +183,7 @@ def images(options: SampleOptions, task: Any, run: Path, classes: list[int] | No
     return f"{n:,} images and grid.png{limited} to {out}"
 
 
-def animate(options: SampleOptions, task: Any, run: Path, classes: list[int] | None) -> str:
+def animate(options: SampleOptions, task: Any, run: Path, chosen: dict[str, Any]) -> str:
     """Write a looping walk. Returns what was written, in words."""
     from lowvram.sampling.animation import check_animation, save_animation
     from lowvram.sampling.bars import bar
@@ -136,11 +202,9 @@ def animate(options: SampleOptions, task: Any, run: Path, classes: list[int] | N
         micro_batch=options.micro_batch,
         keyframes=keyframes,
         frames_per_keyframe=per_keyframe,
-        truncation_psi=options.truncation,
-        noise_mode=options.noise,
-        classes=classes,
         rows=rows,
         cols=cols,
+        **chosen,
     )
     name = f"interpolation_seed{options.seed:04d}.{options.format}"
     out = _make_out(options.out, run, [name])

@@ -171,7 +171,7 @@ class Trainer:
         images = self.rescue.again("a step", lambda: batch.images.to(self.device, non_blocking=True))
         losses = {}
         for phase in self.task.phases:
-            if self.step % phase.every:
+            if not phase.due(self.step):
                 continue
             self.progress.phase(phase.name)
             with self.meter.phase(phase.name):

@@ -145,7 +145,7 @@ class ImageSet(ABC):
         """What makes this set of images itself: where it is, and what is in it."""
 
     def size(self, index: int) -> tuple[int, int]:
-        """Width and height of image `index`, upright, before it is cropped; no pixel is decoded. Raises BadImageError."""
+        """Width and height of image `index`, upright, before it is cropped, from its header. Raises BadImageError."""
         return self.resolution, self.resolution
 
     def times(self) -> list[str]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import warnings
 import zipfile
 from abc import abstractmethod
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +19,9 @@ from lowvram.data.labels import read_labels
 from lowvram.errors import LowVRAMError
 
 _WANTED = "PNG, JPEG, WebP or BMP"
+_FORMATS = ["PNG", "JPEG", "WEBP", "BMP"]
+_ORIENTATION_TAG = 0x0112
+_SIDEWAYS = (5, 6, 7, 8)
 MAX_JSON_BYTES = 2**28
 
 
@@ -27,6 +32,36 @@ def _is_hidden(file: str) -> bool:
 
 def _is_image(file: str) -> bool:
     return PurePosixPath(file).suffix.lower() in IMAGE_SUFFIXES
+
+
+def _modified(file: Path) -> int:
+    try:
+        return file.stat().st_mtime_ns
+    except OSError:
+        return -1
+
+
+def upright_size(handle: IO[bytes], file: str) -> tuple[int, int]:
+    """Width and height of an image, turned upright by its EXIF tag, from its header: no pixel is decoded.
+
+    Raises BadImageError for what is no image of a known format.
+    """
+    from PIL import Image
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(handle, formats=_FORMATS) as image:
+                # Of a PNG, PIL would decode all pixels to look for an EXIF chunk behind them.
+                has_tag = image.format != "PNG" or "exif" in image.info
+                sideways = has_tag and image.getexif().get(_ORIENTATION_TAG) in _SIDEWAYS
+                return (image.height, image.width) if sideways else image.size
+    except MemoryError:
+        raise
+    except Image.UnidentifiedImageError:
+        raise BadImageError(file, f"not a {_WANTED} image") from None
+    except Exception as error:  # what a parser makes of damaged bytes is not limited to a few kinds
+        raise BadImageError(file, f"damaged ({error})") from error
 
 
 class FileSet(ImageSet):
@@ -97,6 +132,30 @@ class FileSet(ImageSet):
     def _read(self, file: str, limit_bytes: int) -> bytes:
         """The bytes of a file. Raises BadImageError."""
 
+    def other_files(self) -> tuple[str, set[str]]:
+        """What lies beside the images: the folder that holds everything ("faces/", or ""), and the paths of all files
+        that are no images and not hidden."""
+        names = self._list_files()
+        return self._common_folder(names), {name for name in names if not _is_image(name)}
+
+    def read_file(self, file: str, limit_bytes: int) -> bytes:
+        """The bytes of a file of the set, by its path as in `files`. Raises BadImageError, also beyond the limit."""
+        return self._read(file, limit_bytes)
+
+    @abstractmethod
+    def _open(self, file: str) -> IO[bytes]:
+        """A file to read from."""
+
+    def size(self, index: int) -> tuple[int, int]:
+        file = self.files[index]
+        try:
+            with self._open(file) as handle:
+                return upright_size(handle, file)
+        except (BadImageError, MemoryError, LowVRAMError):
+            raise
+        except Exception as error:  # of a folder OSError; of a zip also zlib.error, RuntimeError (encrypted) and more
+            raise BadImageError(file, f"cannot be read ({error})") from error
+
     def __len__(self) -> int:
         return len(self.files)
 
@@ -143,6 +202,12 @@ class FolderSet(FileSet):
         if len(data) > limit_bytes:
             raise BadImageError(file, f"larger than {limit_bytes:,} bytes")
         return data
+
+    def _open(self, file: str) -> IO[bytes]:
+        return (self.path / file).open("rb")
+
+    def times(self) -> list[str]:
+        return [str(_modified(self.path / file)) for file in self.files]
 
     def identity(self) -> list[str]:
         parts = [str(self.path)]
@@ -206,6 +271,9 @@ class ZipSet(FileSet):
             raise
         except Exception as error:  # zlib.error, BadZipFile, EOFError, RuntimeError (encrypted) and more
             raise BadImageError(file, f"cannot be unpacked ({error})") from error
+
+    def _open(self, file: str) -> IO[bytes]:
+        return self._zip().open(file)
 
     def identity(self) -> list[str]:
         archive = self._zip()

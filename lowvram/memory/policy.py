@@ -177,6 +177,7 @@ class MemoryPolicy:
         optimizers = {
             name: OptimizerPolicy(**{column: values[name] for column, values in columns.items()})
             for name in memory.optimizer
+            if name in phases  # an optimizer has the name of its first phase
         }
         return cls(
             precision=precision,

@@ -1,6 +1,6 @@
 """Settings of the KL autoencoder of latent diffusion."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lowvram.errors import LowVRAMError
 from lowvram.settings.base import Settings
@@ -76,6 +76,10 @@ class AutoencoderSettings(Settings):
         """How many times smaller latents are than images, in width and height."""
         factor: int = 2 ** (len(self.model.channels) - 1)
         return factor
+
+    def at_full_cost(self) -> "AutoencoderSettings":
+        """The discriminator costs nothing before it joins in."""
+        return replace(self, loss=replace(self.loss, adversarial_start_kimg=0))
 
     def phase_names(self) -> list[str]:
         return ["autoencoder", *(["discriminator"] if self.loss.adversarial_weight else [])]

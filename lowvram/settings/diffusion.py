@@ -77,10 +77,10 @@ class LatentSettings:
         at_least("latent.channels", self.channels, 1)
         at_least("latent.crops", self.crops, 1)
         one_of("latent.factor", str(self.factor), ("1", "2", "4", "8", "16", "32"))
-        if (self.recipe is None) == (self.path is None):
+        if self.recipe is None and self.path is None:
             raise LowVRAMError(
-                f"latent.recipe={self.recipe} and latent.path={self.path}: one autoencoder is needed.",
-                "Give latent.path=FOLDER with latent.recipe=null for one that is trained, or latent.recipe alone.",
+                "latent.recipe and latent.path are both null, and latents need an autoencoder.",
+                "Give latent.path=FOLDER for one that is trained, or latent.recipe=faces256_vae.",
             )
 
 

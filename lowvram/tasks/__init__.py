@@ -1,5 +1,6 @@
 """What is trained. A task builds networks, phases and a sampler; the trainer runs them, whichever task it is."""
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from functools import cached_property
@@ -17,6 +18,7 @@ from lowvram.ema import ExponentialMovingAverage
 from lowvram.errors import LowVRAMError
 from lowvram.phase import Phase
 from lowvram.run import Run
+from lowvram.sampling import bars
 from lowvram.settings import Settings
 
 
@@ -52,6 +54,7 @@ class Task(ABC):
         self.settings = settings
         self.device = device
         self.folder = folder
+        self._say: Callable[[str], None] = bars.say
 
     @classmethod
     def earlier(cls, settings: Settings, folder: Path | None) -> Settings | None:
@@ -59,9 +62,7 @@ class Task(ABC):
         return None
 
     @classmethod  # noqa: B027 - a task may have nothing to prepare
-    def prepare_data(
-        cls, settings: Settings, device: torch.device, folder: Path, say: Callable[[str], None]
-    ) -> None:
+    def prepare_data(cls, settings: Settings, device: torch.device, folder: Path, say: Callable[[str], None]) -> None:
         """Write what training reads from the disk, where it is not there yet. Called in one process, before making one.
 
         folder: of the run, which may not be there yet.
@@ -102,6 +103,10 @@ class Task(ABC):
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:  # noqa: B027 - nor anything to load
         """Restore what `tensors` gave."""
 
+    def resident(self) -> list[Tensor]:
+        """What else is on the device throughout the training, beside networks and optimizers."""
+        return list(self.tensors().values())
+
     def status(self) -> dict[str, float]:
         """Numbers worth showing beside the losses."""
         return {}
@@ -123,9 +128,12 @@ class Task(ABC):
 
     @abstractmethod
     def interpolate(
-        self, seed: int = 0, *, keyframes: int = 8, frames_per_keyframe: int = 30, **options: object
+        self, seed: int = 0, *, keyframes: int = 8, frames_per_keyframe: int = 30, **options: Any
     ) -> Iterator[Tensor]:
-        """Frames of a looping path through the latent space, each uint8 [C, H, W]."""
+        """Frames of a looping path through the latent space, each uint8 [C, H, W].
+
+        options: rows and cols of walks side by side, micro_batch, and what `sample` takes.
+        """
 
 
 def task_class(settings: Settings) -> type[Task]:
@@ -139,12 +147,12 @@ def build_task(settings: Settings, device: torch.device, folder: Path | None = N
     return task_class(settings)(settings, device, folder)
 
 
-def open_images(settings: Settings) -> ImageSet:
-    """The data set of a recipe."""
+def open_images(settings: Settings, *, resolution: int | None = None) -> ImageSet:
+    """The data set of a recipe, at its own resolution or another."""
     data = settings.data
     return open_dataset(
         data.path,
-        resolution=settings.resolution,
+        resolution=resolution or settings.resolution,
         labels=data.labels,
         max_images=data.max_images,
         on_bad_file=data.on_bad_file,
@@ -187,6 +195,19 @@ def load_network(
             f"the weights {name} in {path} don't fit the recipe: {detail}",
             "Resume with the recipe that the run was begun with, or start a new run.",
         ) from error
+
+
+def load_json(path: Path) -> dict[str, Any]:
+    """A configuration file. Raises LowVRAMError where it is missing, broken, or no object."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError(f"it holds a {type(values).__name__}")
+    except (OSError, ValueError, RecursionError) as error:
+        raise LowVRAMError(
+            f"{path} can't be read: {str(error)[:200]}.", "Give a folder whose config.json is whole."
+        ) from None
+    return values
 
 
 def pick_device(name: str) -> torch.device:

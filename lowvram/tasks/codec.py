@@ -1,0 +1,230 @@
+"""The autoencoder that a diffusion run stands on: found, trained first if need be, copied beside the run, and used.
+
+A run keeps a copy in its own folder (autoencoder/config.json and weights, as a `vae` folder of diffusers has them), so
+that it can be moved and sampled from alone.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from lowvram import checkpoint as checkpoints
+from lowvram.config import load_recipe
+from lowvram.data import latents as cache
+from lowvram.data.image_cache import cache_root
+from lowvram.data.latents import LatentSet, Variants
+from lowvram.ema import on_device
+from lowvram.errors import LowVRAMError
+from lowvram.models.autoencoder import Autoencoder, decode_safely, sample_latents
+from lowvram.models.tiling import encode_tiled
+from lowvram.run import OUTPUTS, Run
+from lowvram.settings import AutoencoderSettings, DiffusionSettings
+from lowvram.tasks import load_json, open_images
+from lowvram.tasks.autoencoder import TILE_PIXELS, AutoencoderTask, save, to_pixels, to_range
+
+BESIDE = "autoencoder"  # the folder of the copy within a run
+_WEIGHTS = "diffusion_pytorch_model.safetensors"
+_MEASURED_LATENTS = 2048  # whose spread sets the scale of latents
+_LARGER = 9 / 8  # several crops are cut from pictures so much larger
+
+
+@dataclass(kw_only=True)
+class Codec:
+    """An autoencoder on the host, brought to the device while it is used.
+
+    scaled: whether its scale and shift are known; those of one trained here are measured on the first latents.
+    """
+
+    autoencoder: Autoencoder
+    scaled: bool
+
+    def encode(self, images: Tensor, device: torch.device) -> Tensor:
+        """uint8 [n, 3, H, W] -> moments [n, 2 C, h, w] on the device."""
+        with torch.no_grad():
+            return encode_tiled(self.autoencoder, to_range(images.to(device)), tile_pixels=TILE_PIXELS)
+
+    def decode(self, z: Tensor, device: torch.device, micro_batch: int) -> Tensor:
+        """Scaled latents [n, C, h, w] -> uint8 images [n, 3, H, W] on the CPU; the autoencoder is moved for it."""
+        out = []
+        with torch.no_grad(), on_device(self.autoencoder, device):
+            for part in z.split(micro_batch):
+                latents = self.autoencoder.unscale(part.to(device))
+                out.append(to_pixels(decode_safely(self.autoencoder, latents, tile_pixels=TILE_PIXELS)).cpu())
+        return torch.cat(out)
+
+    def to_latents(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
+        """As `Autoencoder.to_latents`, which needs no weights."""
+        return self.autoencoder.to_latents(moments, noise)
+
+    def measure(self, latents: LatentSet) -> None:
+        """Set scale and shift so that latents have mean 0 and standard deviation 1 (arXiv 2112.10752, appendix G)."""
+        step = max(1, len(latents) // _MEASURED_LATENTS)
+        moments = torch.stack([torch.from_numpy(latents.moments(i)) for i in range(0, len(latents), step)])
+        mean = sample_latents(moments, None)
+        variance = moments.float().chunk(2, dim=1)[1].exp()
+        self.autoencoder.shift_factor = float(mean.mean())
+        self.autoencoder.scaling_factor = float((mean.var() + variance.mean()).rsqrt())
+        self.scaled = True
+
+
+# Where it comes from.
+
+
+def find(settings: DiffusionSettings, folder: Path | None) -> Path | None:
+    """The autoencoder: the copy in the run's folder, what `latent.path` names, or a finished run of `latent.recipe`."""
+    if folder is not None and (folder / BESIDE / "config.json").is_file():
+        return folder / BESIDE
+    if settings.latent.path is not None:
+        return Path(settings.latent.path).expanduser()
+    return next((run.folder for run, done in _runs(settings) if done), None)
+
+
+def to_train(settings: DiffusionSettings, folder: Path | None) -> AutoencoderSettings | None:
+    """The recipe of the autoencoder that must be trained first: from the start, or on from where it was stopped."""
+    if find(settings, folder) is not None:
+        return None
+    wanted = _wanted(settings)
+    begun = next((run.folder for run, done in _runs(settings) if not done), None)
+    if begun is not None:
+        return replace(wanted, out=str(begun), resume="auto")
+    if settings.out is not None:  # beside the run
+        number, home = 1, Path(settings.out).expanduser().parent
+        while (home / _numbered(wanted.recipe, number)).exists():
+            number += 1
+        return replace(wanted, out=str(home / _numbered(wanted.recipe, number)))
+    return wanted
+
+
+def _wanted(settings: DiffusionSettings) -> AutoencoderSettings:
+    """The autoencoder's recipe on the data and the device of the diffusion recipe."""
+    recipe = settings.latent.recipe
+    assert recipe is not None
+    found = load_recipe(recipe)
+    if not isinstance(found, AutoencoderSettings):
+        raise LowVRAMError(f"latent.recipe={recipe} trains no autoencoder.", "Use one such as faces256_vae.")
+    data = replace(settings.data, labels=False, mirror=found.data.mirror, workers=found.data.workers)
+    same = {name: getattr(settings, name) for name in ("device", "vram", "seed", "debug", "logger")}
+    return replace(found, data=data, **same)
+
+
+def _runs(settings: DiffusionSettings) -> Iterator[tuple[Run, bool]]:
+    """Runs of the wanted autoencoder, the newest first, and whether each has come to its end."""
+    wanted = _wanted(settings)
+    home = OUTPUTS if settings.out is None else Path(settings.out).expanduser().parent
+    found = [path.parent for path in home.glob(f"{wanted.recipe}*/recipe.yaml")]
+    for folder in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True):
+        run = Run.open(folder)
+        if not isinstance(run.settings, AutoencoderSettings) or not _alike(run.settings, wanted):
+            continue
+        path = checkpoints.latest_good(run.checkpoints)
+        if path is None:
+            continue
+        seen = checkpoints.read(path, only=()).numbers["images_seen"]
+        yield run, seen >= round(run.settings.kimg * 1000)
+
+
+def _alike(run: AutoencoderSettings, wanted: AutoencoderSettings) -> bool:
+    """Whether a run is of the same network on the same data, however long it was trained."""
+    parts = [
+        (s.recipe, s.resolution, s.model, s.data.path, s.data.max_images, s.data.builtin_count) for s in (run, wanted)
+    ]
+    return parts[0] == parts[1]
+
+
+def _numbered(name: str, number: int) -> str:
+    return name if number == 1 else f"{name}-{number}"
+
+
+def load(path: Path, settings: DiffusionSettings) -> Codec:
+    """Read an autoencoder onto the CPU.
+
+    path: a run of lowvram; a `vae` folder of diffusers, or the folder of a whole pipeline.
+
+    Raises:
+        LowVRAMError: it is none of these, is broken, or its latents are not those of the recipe.
+    """
+    if (path / "recipe.yaml").is_file():
+        codec = _of_run(path)
+    else:
+        codec = _of_folder(path / "vae" if (path / "vae" / "config.json").is_file() else path)
+    found, latent = codec.autoencoder, settings.latent
+    for name, has, wants in (
+        ("channels", found.latent_channels, latent.channels),
+        ("factor", found.factor, latent.factor),
+    ):
+        if has != wants:
+            raise LowVRAMError(
+                f"the autoencoder in {path} has latents with {name}={has}, and the recipe says latent.{name}={wants}.",
+                f"Use latent.{name}={has}, or another autoencoder.",
+            )
+    codec.autoencoder.eval().requires_grad_(False)
+    return codec
+
+
+def _of_run(folder: Path) -> Codec:
+    run = Run.open(folder)
+    if not isinstance(run.settings, AutoencoderSettings):
+        raise LowVRAMError(f"{folder} is a run of {run.settings.task}, not of an autoencoder.", "Give another.")
+    task = AutoencoderTask(run.settings, torch.device("cpu"))
+    path = run.find_checkpoint()
+    saved = checkpoints.read(path, only=task.sampling_networks)
+    task.average.load_state_dict(saved.tensors["autoencoder_ema"])
+    return Codec(autoencoder=task.average, scaled=False)
+
+
+def _of_folder(folder: Path) -> Codec:
+    config, weights = folder / "config.json", folder / _WEIGHTS
+    remedy = f"Give a run of lowvram, or a folder with config.json and {_WEIGHTS}."
+    if not config.is_file() or not weights.is_file():
+        raise LowVRAMError(f"latent.path={folder} holds no autoencoder.", remedy)
+    network = Autoencoder.from_config(load_json(config))
+    try:
+        with safe_open(weights, "pt") as file:  # a hostile header is refused before anything is allocated
+            names = set(file.keys())
+        missing = sorted(set(network.state_dict()) ^ names)
+        if missing:
+            raise LowVRAMError(
+                f"{weights} does not fit its config.json: {missing[0]} and {len(missing) - 1} more.", remedy
+            )
+        network.load_state_dict({name: tensor.float() for name, tensor in load_file(weights).items()})
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise LowVRAMError(f"{weights} can't be read: {str(error)[:200]}.", remedy) from error
+    return Codec(autoencoder=network, scaled=True)
+
+
+def write_beside(codec: Codec, folder: Path) -> None:
+    """Copy it into a run's folder, where there is none yet."""
+    if not (folder / BESIDE / "config.json").is_file():
+        save(codec.autoencoder, folder / BESIDE)
+
+
+# The latents of a data set.
+
+
+def latents(settings: DiffusionSettings, codec: Codec, device: torch.device) -> LatentSet:
+    """The latents of the recipe's images: read where they are kept, made where they are not.
+
+    With text each image's label is its own index, that of its caption.
+    """
+    latent = settings.latent
+    larger = None
+    if latent.crops > 1:
+        wide = replace(settings, data=replace(settings.data, labels=False))
+        larger = open_images(wide, resolution=round(settings.resolution * _LARGER))
+    images = open_images(settings)
+    folder = Path(latent.folder).expanduser() if latent.folder else cache_root() / "latents"
+    with on_device(codec.autoencoder, device):
+        return cache.build(
+            folder,
+            images,
+            lambda pixels: codec.encode(pixels, device),
+            key={"autoencoder": cache.hash_weights(codec.autoencoder.state_dict())},
+            variants=Variants(mirror=settings.data.mirror, crops=latent.crops),
+            larger=larger,
+            batch=max(1, 2**21 // settings.resolution**2) if device.type == "cuda" else 16,
+        )

@@ -1,0 +1,133 @@
+"""The diffusion loss against its definition, and its independence of the micro-batch."""
+
+import pytest
+import torch
+from torch import nn
+
+from lowvram.errors import LowVRAMError
+from lowvram.noise import Schedule
+from lowvram.objectives.diffusion import diffusion_loss
+
+COMBINATIONS = [
+    (Schedule.discrete(), "eps"),
+    (Schedule.discrete("cosine"), "v"),
+    (Schedule.discrete("linear"), "x0"),
+    (Schedule.discrete(zero_terminal_snr=True), "v"),
+    (Schedule.flow(), "flow"),
+    (Schedule.flow(mean=-0.5, std=1.5, shift=2.0), "flow"),
+]
+SEEDS = torch.arange(100, 106)
+
+
+def latents(count: int = 6) -> torch.Tensor:
+    return torch.randn(count, 4, 6, 10, generator=torch.Generator().manual_seed(0))
+
+
+class Seen:
+    """A network that answers with a constant and keeps what it was shown."""
+
+    def __init__(self, answer: float = 0.3) -> None:
+        self.answer = answer
+
+    def __call__(self, x_in: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+        self.x_in, self.time = x_in, time
+        return torch.full_like(x_in, self.answer)
+
+
+@pytest.mark.parametrize(("schedule", "predict"), COMBINATIONS)
+def test_the_loss_is_the_squared_error_of_what_is_predicted(schedule, predict):
+    x0, network = latents(), Seen()
+    loss = diffusion_loss(network, x0, SEEDS, schedule=schedule, predict=predict)
+    assert loss.shape == (6,) and loss.dtype == torch.float32
+
+    sigma = schedule.sigma_at(network.time).double()[:, None, None, None]
+    scale = 1 / (1 + sigma) if predict == "flow" else 1 / (1 + sigma.square()).sqrt()  # the signal left in x_in
+    eps = (network.x_in - scale * x0) / (scale * sigma)
+    assert abs(float(eps.mean())) < 0.1 and float(eps.std()) == pytest.approx(1, abs=0.05)
+    target = {"eps": eps, "x0": x0, "v": scale * (eps - sigma * x0), "flow": eps - x0}[predict]
+    torch.testing.assert_close(loss, (0.3 - target).float().square().mean((1, 2, 3)), rtol=2e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("schedule", "predict"), COMBINATIONS)
+def test_a_network_that_knows_the_answer_has_no_loss(schedule, predict):
+    x0 = latents()
+
+    def network(x_in, time):
+        sigma = schedule.sigma_at(time)
+        s = schedule.scalings(sigma, predict)
+        x = x_in / s.c_in[:, None, None, None]
+        return (x0 - s.c_skip[:, None, None, None] * x) / s.c_out[:, None, None, None]
+
+    loss = diffusion_loss(network, x0, SEEDS, schedule=schedule, predict=predict)
+    assert float(loss.max()) < 1e-3  # rounding, in the division by a small c_out
+    # 0 is what it measures, not what it always returns:
+    assert float(diffusion_loss(Seen(), x0, SEEDS, schedule=schedule, predict=predict).min()) > 0.05
+
+
+@pytest.mark.parametrize(("schedule", "predict"), COMBINATIONS)
+def test_losses_and_gradients_do_not_depend_on_the_micro_batch(schedule, predict):
+    torch.manual_seed(0)
+    conv, x0 = nn.Conv2d(4, 4, 3, padding=1), latents()
+
+    def network(x_in, time):
+        return conv(x_in) * (1 + time[:, None, None, None] / 1000)
+
+    def run(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        conv.zero_grad()
+        losses = torch.empty(6)
+        for part in rows:
+            loss = diffusion_loss(network, x0[part], SEEDS[part], schedule=schedule, predict=predict, offset_noise=0.1)
+            (loss.sum() / 6).backward()
+            losses[part] = loss.detach()
+        assert conv.weight.grad is not None
+        return losses, conv.weight.grad.clone()
+
+    whole, gradient = run([[0, 1, 2, 3, 4, 5]])
+    parts, summed = run([[4, 0], [5], [3, 1, 2]])
+    torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(summed, gradient, rtol=1e-4, atol=1e-5)
+    assert len(set(whole.tolist())) == 6
+
+
+def test_min_snr_weighs_the_loss():
+    schedule, network = Schedule.discrete(), Seen()
+    plain = diffusion_loss(network, latents(), SEEDS, schedule=schedule, predict="eps")
+    snr = schedule.sigma_at(network.time).pow(-2)
+    weighed = diffusion_loss(network, latents(), SEEDS, schedule=schedule, predict="eps", min_snr_gamma=1.0)
+    torch.testing.assert_close(weighed, plain * snr.clamp(max=1.0) / snr)
+    assert bool((weighed < 0.9 * plain).any())
+
+
+def test_offset_noise_moves_whole_channels_and_belongs_to_the_target():
+    schedule, seeds, x0 = Schedule.discrete(), torch.arange(200), torch.zeros(200, 4, 16, 16)
+    network = Seen(0.0)
+    loss = diffusion_loss(network, x0, seeds, schedule=schedule, predict="eps", offset_noise=0.5)
+    s = schedule.scalings(schedule.sigma_at(network.time), "eps")
+    eps = network.x_in / (s.c_in * -s.c_out)[:, None, None, None]
+    assert float(eps.mean((2, 3)).std()) == pytest.approx((0.25 + 1 / 256) ** 0.5, rel=0.05)
+    torch.testing.assert_close(loss, eps.square().mean((1, 2, 3)), rtol=1e-3, atol=1e-4)
+    plain = diffusion_loss(network, x0, seeds, schedule=schedule, predict="eps")
+    assert float(plain.mean()) == pytest.approx(1, abs=0.02) and float(loss.mean()) == pytest.approx(1.25, abs=0.05)
+
+
+def test_narrow_latents_and_outputs_are_compared_in_float32():
+    x0, network = latents().half(), Seen()
+
+    def narrow(x_in, time):
+        assert x_in.dtype == time.dtype == torch.float32
+        return network(x_in, time).bfloat16()
+
+    loss = diffusion_loss(narrow, x0, SEEDS, schedule=Schedule.flow(), predict="flow")
+    wide = diffusion_loss(Seen(0.30078125), x0.float(), SEEDS, schedule=Schedule.flow(), predict="flow")
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, wide)
+
+
+def test_what_cannot_be_compared_is_refused():
+    x0 = latents()
+    with pytest.raises(LowVRAMError, match=r"predicts \[6, 8, 6, 10\] for latents \[6, 4, 6, 10\]"):
+        diffusion_loss(lambda x, t: x.repeat(1, 2, 1, 1), x0, SEEDS, schedule=Schedule.flow(), predict="flow")
+    with pytest.raises(LowVRAMError, match="predict='eps'"):
+        diffusion_loss(Seen(), x0, SEEDS, schedule=Schedule.discrete(zero_terminal_snr=True), predict="eps")
+    with pytest.raises(LowVRAMError, match="min_snr_gamma"):
+        diffusion_loss(Seen(), x0, SEEDS, schedule=Schedule.flow(), predict="flow", min_snr_gamma=5.0)
