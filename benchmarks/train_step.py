@@ -42,7 +42,7 @@ def measure(recipe: str, overrides: list[str], *, steps: int, warmup: int) -> di
             "overrides": overrides,
             "resolution": settings.resolution,
             "batch": settings.batch,
-            "parameters": {name: _count(trainer.task.networks[name]) for name in ("G", "D")},
+            "parameters": {name: _count(network) for name, network in trainer.task.networks.items()},
             "phases": phases,
             "seconds_per_step": per_step,
             "images_per_second": settings.batch / per_step,

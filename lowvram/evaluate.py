@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lowvram.metrics.evaluation import Evaluation
 
 _ALL = "frechet,precision_recall,swd,fid"
+_DIFFUSION = ("steps", "sampler", "guidance")
 
 
 def _help(text: str) -> dict[str, str]:
@@ -33,9 +34,12 @@ class EvaluateOptions:
     n: int = field(default=10_000, metadata=_help("generated images; up to as many real ones"))
     seed: int = field(default=0, metadata=_help("of the generated images"))
     truncation: float = field(
-        default=1.0, metadata=_help("1 measures what was learned; less trades recall for precision")
+        default=1.0, metadata=_help("StyleGAN2: 1 measures what was learned; less trades recall for precision")
     )
-    noise: str = field(default="random", metadata=_help("random, const or none"))
+    noise: str = field(default="random", metadata=_help("StyleGAN2: random, const or none"))
+    steps: int | None = field(default=None, metadata=_help("diffusion: of the sampler (as the recipe says)"))
+    sampler: str | None = field(default=None, metadata=_help("diffusion: as lowvram.sample knows them"))
+    guidance: float | None = field(default=None, metadata=_help("diffusion: 1 measures what was learned"))
     metrics: str = field(default=_ALL, metadata=_help("some of these"))
     floor: bool = field(default=True, metadata=_help("also measure between two halves of the real images"))
     feature_size: int = field(default=224, metadata=_help("input of EfficientNet-Lite0; 96 is six times as quick"))
@@ -72,13 +76,14 @@ def main(options: EvaluateOptions) -> None:
         feature_size=options.feature_size,
         inception=options.inception,
         micro_batch=options.micro_batch,
+        **{name: value for name in _DIFFUSION if (value := getattr(options, name)) is not None},
     )
     print(
         f"lowvram: {folder} at step {step}: {result.generated_images:,} generated images, truncation "
         f"{options.truncation:g}, against {result.real_images:,} of {task.dataset().name}"
     )
     print(result.table())
-    asked = {name: getattr(options, name) for name in ("seed", "truncation", "noise", "checkpoint")}
+    asked = {name: getattr(options, name) for name in ("seed", "truncation", "noise", "checkpoint", *_DIFFUSION)}
     record = {"run": str(folder), "step": step, **asked, **result.as_dict()}
     name = f"evaluation-{step:08d}-n{options.n}-seed{options.seed}-truncation{options.truncation:g}.json"
     print(f"lowvram: wrote {_write(folder / 'metrics', name, record)}")
@@ -97,8 +102,9 @@ def evaluate(
     inception: str | None = None,
     micro_batch: int | None = None,
     progress: bool = True,
+    **options: Any,
 ) -> Evaluation:
-    """Compare a task's images with its data set.
+    """Compare a task's images with its data set: those that it generates, or an autoencoder's reconstructions.
 
     task: from `lowvram.tasks.load_run`, or a trainer's. Class-conditional ones draw classes as often as the data does.
     metrics: some of lowvram.metrics.evaluation.METRICS, or None for all. See `evaluate_images` for the rest.
@@ -108,21 +114,26 @@ def evaluate(
     from lowvram.metrics.real import real_indices
     from lowvram.sampling.bars import say
 
+    sampling: dict[str, Any] = {"truncation_psi": truncation, "noise_mode": noise_mode}
+    for name, usual in (("truncation_psi", 1.0), ("noise_mode", "random")):
+        if name not in task.sample_options and sampling.pop(name) != usual:
+            raise LowVRAMError(f"{name} is nothing that a run of {task.settings.task} knows.", "Leave it out.")
+    for name in options:
+        if name not in task.sample_options:
+            raise LowVRAMError(f"{name} is nothing that a run of {task.settings.task} knows.", "Leave it out.")
     wanted = check_metrics(METRICS if metrics is None else metrics)
     dataset, data = task.dataset(), task.settings.data
     check_counts(n, dataset)
-    classes = None
-    if dataset.labels is not None:
-        classes = [int(dataset.labels[i]) for i in real_indices(len(dataset), len(dataset))]
+    if dataset.labels is not None and "classes" in task.sample_options:
+        sampling["classes"] = [int(dataset.labels[i]) for i in real_indices(len(dataset), len(dataset))]
     generated = sample_batches(
         task,
         n,
         seed,
         batch=batch_size(dataset.resolution),
-        truncation_psi=truncation,
-        noise_mode=noise_mode,
-        classes=classes,
         micro_batch=micro_batch,
+        **sampling,
+        **options,
     )
     return evaluate_images(
         generated,

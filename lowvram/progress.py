@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 from lowvram.config import settings_values
+from lowvram.data.bucketed import shape_numbers
 from lowvram.errors import LowVRAMError
 from lowvram.memory.apply import Applied
 from lowvram.phase import Phase
@@ -136,17 +138,20 @@ def estimate_cpu_cost(task: Task, settings: Settings, applied: Applied, images_s
     line = (
         f"no GPU: about {duration(per_kimg)} for each kimg on this CPU, {duration(per_kimg * rest)} for {rest:g} kimg"
     )
-    if per_kimg * rest > 3600 and settings.recipe != "faces32":
-        line += "; recipe=faces32 makes faces in ten minutes. Training all the same; Ctrl-C stops and saves"
+    quick = ("faces64_ldm", "a quarter of an hour") if settings.task == "diffusion" else ("faces32", "ten minutes")
+    if per_kimg * rest > 3600 and settings.task != "autoencoder" and settings.recipe != quick[0]:
+        line += f"; recipe={quick[0]} makes faces in {quick[1]}. Training all the same; Ctrl-C stops and saves"
     return line
 
 
 def _seconds_per_image(task: Task, phase: Phase, applied: Applied) -> float:
     """Forward and backward of one group of images; where that is quick, again with a whole micro-batch, warmed up."""
     items = task.items()
+    shapes = shape_numbers(items)  # of several, the commonest: a batch is of one shape
+    alike = np.arange(len(items)) if shapes is None else np.flatnonzero(shapes == np.bincount(shapes).argmax())
     seconds = 0.0
     for count in (task.group, phase.micro_batch or phase.samples):
-        read = [items.read(i % len(items)) for i in range(max(count, task.group))]
+        read = [items.read(int(alike[i % len(alike)])) for i in range(max(count, task.group))]
         images = torch.stack([torch.tensor(item.array) for item in read])
         labels = torch.tensor([item.label for item in read])
         with applied.running(phase, collect=False):

@@ -4,9 +4,10 @@ The few places that choose by device (memory formats, precision) ask here.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 _depth = 0  # for every thread: autograd has its own
 
@@ -25,6 +26,11 @@ def cuda() -> Iterator[None]:
 def active() -> bool:
     """Whether CPU tensors stand for a card's."""
     return _depth > 0
+
+
+def real() -> AbstractContextManager[object]:
+    """Within, new tensors hold numbers even in a trace: for the few that decide what runs, and are of no size."""
+    return _disable_current_modes() if active() else nullcontext()
 
 
 def is_gpu(device: torch.device) -> bool:

@@ -1,4 +1,4 @@
-"""The bytes of an image file -> square RGB pixels."""
+"""The bytes of an image file -> RGB pixels of a given size."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lowvram.data.buckets import fit
 from lowvram.data.dataset import BadImageError, Picture
 
 if TYPE_CHECKING:
@@ -31,6 +32,11 @@ def decode_square(data: bytes, *, file: str, resolution: int) -> Picture:
     data: a PNG, JPEG, WebP or BMP file. Grey, palette, CMYK and 16-bit images become 8-bit RGB; of an animation the
     first frame is taken. Raises BadImageError, with the reason, for anything that cannot be decoded in full.
     """
+    return decode_to(data, file=file, size=(resolution, resolution))
+
+
+def decode_to(data: bytes, *, file: str, size: tuple[int, int]) -> Picture:
+    """As `decode_square`, but cut to the proportions of `size` (width, height) by `fit`: uint8 [height, width, 3]."""
     from PIL import Image, ImageFile
 
     tolerant = ImageFile.LOAD_TRUNCATED_IMAGES
@@ -40,7 +46,7 @@ def decode_square(data: bytes, *, file: str, resolution: int) -> Picture:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-                return _square(image, resolution, file)
+                return _fitted(image, size, file)
     except (BadImageError, MemoryError):
         raise
     except Image.UnidentifiedImageError:
@@ -53,7 +59,7 @@ def decode_square(data: bytes, *, file: str, resolution: int) -> Picture:
         ImageFile.LOAD_TRUNCATED_IMAGES = tolerant
 
 
-def _square(image: PILImage, resolution: int, file: str) -> Picture:
+def _fitted(image: PILImage, size: tuple[int, int], file: str) -> Picture:
     from PIL import Image
 
     width, height = image.size
@@ -62,20 +68,21 @@ def _square(image: PILImage, resolution: int, file: str) -> Picture:
             file, f"a decompression bomb: the header says {width}x{height}, more than {MAX_PIXELS:,} pixels"
         )
     # A JPEG can be decoded at 1/2, 1/4 or 1/8 size, far faster; twice the target keeps the resize below antialiased.
-    image.draft(None, (2 * resolution, 2 * resolution))
+    # The longer side for both: the tag that turns an image is not yet read.
+    image.draft(None, (2 * max(size), 2 * max(size)))
     image.load()
     orientation = _orientation(image)
+    if orientation in _sideways():
+        size = (size[1], size[0])
     upright = _to_rgb(image)
 
-    side = min(upright.size)
-    left, top = (upright.width - side) // 2, (upright.height - side) // 2
     # Cropped first: the `box` of a resize with a reducing gap lets in pixels from beyond its edge.
-    upright = upright.crop((left, top, left + side, top + side))
-    if side != resolution:
-        upright = upright.resize((resolution, resolution), Image.Resampling.LANCZOS, reducing_gap=3.0)
-    if orientation is not None:  # of the small square: a centre crop and a turn commute
+    upright = upright.crop(fit(upright.size, size).box)
+    if upright.size != size:
+        upright = upright.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
+    if orientation is not None:  # of the small picture: a centre crop and a turn commute
         upright = upright.transpose(orientation)
-    return Picture(np.asarray(upright, dtype=np.uint8), enlarged=min(width, height) < resolution)
+    return Picture(np.asarray(upright, dtype=np.uint8), enlarged=fit((width, height), size).scale > 1)
 
 
 def _orientation(image: PILImage) -> Transpose | None:
@@ -95,6 +102,13 @@ def _orientation(image: PILImage) -> Transpose | None:
         7: Transpose.TRANSVERSE,
         8: Transpose.ROTATE_90,
     }.get(tag)
+
+
+def _sideways() -> tuple[Transpose, ...]:
+    """The turns that swap width and height."""
+    from PIL.Image import Transpose
+
+    return (Transpose.TRANSPOSE, Transpose.ROTATE_270, Transpose.TRANSVERSE, Transpose.ROTATE_90)
 
 
 def _to_rgb(image: PILImage) -> PILImage:

@@ -3,6 +3,9 @@
 The stream is a list of positions 0, 1, 2, ... without end. Position k shows image `permutation(seed, k // N)[k % N]`,
 mirrored or not by a coin of (seed, k): nothing depends on what was read before, so that a run resumes anywhere, with
 any number of workers and processes, exactly where it stopped.
+
+Of latents of several shapes (aspect-ratio buckets) each batch is of one shape: `BucketPlan` then says which image is
+where, by (seed, batch, k).
 """
 
 from __future__ import annotations
@@ -26,7 +29,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from lowvram.data.bucketed import shape_numbers
+from lowvram.data.buckets import BucketPlan
 from lowvram.data.dataset import ImageSet
+from lowvram.data.latents import LatentSet
 from lowvram.errors import LowVRAMError
 
 log = logging.getLogger(__name__)
@@ -39,7 +45,8 @@ _PREFETCH_BYTES = 256 * 2**20
 
 @dataclass
 class Batch:
-    """images: uint8 [n, 3, R, R], or what else the data set reads (latents, float16 [n, C, h, w]); pinned with CUDA.
+    """images: uint8 [n, 3, R, R], or what else the data set reads; pinned with CUDA. Latents are float16 [n, C, h, w],
+    where h and w may change from batch to batch.
 
     labels: int64 [n], -1 without labels. position: int64 [n], each sample's place in the stream. skipped: "file:
     reason" of each bad file whose place another image took.
@@ -85,7 +92,7 @@ class _Reader(Dataset[_Parcel]):
         position, index, mirrored, crops = request
         # A fresh tensor goes to shared memory without a second copy.
         dtype = torch.from_numpy(np.empty(0, self.dataset.item_dtype)).dtype
-        images = torch.empty(len(index), *self.dataset.item_shape, dtype=dtype)  # [n, 3, R, R]
+        images = torch.empty(len(index), *_shape(self.dataset, int(index[0])), dtype=dtype)  # [n, 3, R, R]
         labels = np.empty(len(index), np.int64)
         parcel = _Parcel()
         out = images.numpy()
@@ -111,9 +118,11 @@ class _Stream(Sampler[Request]):
 
     def __iter__(self) -> Iterator[Request]:
         first = self.start
+        # Of a run that goes on with another batch size: its batches of one shape begin where its batches do.
+        shift = -first % self.loader.batch
         while True:
             position = self.loader.positions(first)
-            yield (position, *self.loader.lookup(position))
+            yield (position, *self.loader.lookup(position, shift=shift))
             first += self.loader.batch
 
 
@@ -160,6 +169,11 @@ class Loader:
         self.pin_memory = pin_memory
         self.start_method = start_method
         self._epochs: dict[int, tuple[NDArray[np.int64], NDArray[np.bool_], NDArray[np.int64]]] = {}
+        shapes = shape_numbers(dataset)
+        self._plan = None if shapes is None else BucketPlan(shapes, batch=batch, seed=seed)
+        # The largest item, by which memory is reckoned.
+        firsts = [0] if shapes is None else np.unique(shapes, return_index=True)[1].tolist()
+        self._item_numbers = max(math.prod(_shape(dataset, at)) for at in firsts)
 
     def positions(self, first: int) -> NDArray[np.int64]:
         """This process's share of the global batch that starts at position `first`: int64 [batch / world_size]."""
@@ -167,8 +181,13 @@ class Loader:
         grid = np.arange(first, first + self.batch, dtype=np.int64).reshape(self.group, -1)
         return grid[:, self.rank * columns : (self.rank + 1) * columns].ravel()
 
-    def lookup(self, position: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.bool_], NDArray[np.int64]]:
-        """The image index, mirror flag and crop of each position: int64, bool, int64 [n], by (seed, position) alone."""
+    def lookup(
+        self, position: NDArray[np.int64], *, shift: int = 0
+    ) -> tuple[NDArray[np.int64], NDArray[np.bool_], NDArray[np.int64]]:
+        """The image index, mirror flag and crop of each position: int64, bool, int64 [n], by (seed, position) alone.
+
+        Of several shapes, batches begin at the positions that are a multiple of `batch` with `shift` added.
+        """
         epochs, offset = np.divmod(position, len(self.dataset))
         index = np.empty_like(position)
         mirrored = np.zeros(len(position), np.bool_)
@@ -179,6 +198,8 @@ class Loader:
             index[rows], crop[rows] = order[offset[rows]], crops[offset[rows]]
             if self.mirror:
                 mirrored[rows] = coins[offset[rows]]
+        if self._plan is not None:
+            index = self._plan.lookup(position + shift)
         return index, mirrored, crop
 
     def _epoch(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.bool_], NDArray[np.int64]]:
@@ -239,7 +260,7 @@ class Loader:
         )
 
     def _data_loader(self, start: int) -> DataLoader[_Parcel]:
-        item_bytes = math.prod(self.dataset.item_shape) * np.dtype(self.dataset.item_dtype).itemsize
+        item_bytes = self._item_numbers * np.dtype(self.dataset.item_dtype).itemsize
         batch_bytes = self.batch // self.world_size * item_bytes
         prefetch = int(np.clip(_PREFETCH_BYTES // max(1, batch_bytes * self.workers), 1, 4))
         flight_bytes = batch_bytes * (prefetch + 1) * self.workers
@@ -281,6 +302,11 @@ def _kill_workers(parcels: Iterator[_Parcel]) -> None:
     """
     for worker in getattr(parcels, "_workers", []):
         worker.kill()
+
+
+def _shape(dataset: ImageSet, index: int) -> tuple[int, ...]:
+    """The shape of what `dataset.read` gives for an index."""
+    return dataset.shape_of(index) if isinstance(dataset, LatentSet) else dataset.item_shape
 
 
 def _as_is(parcel: Any) -> Any:

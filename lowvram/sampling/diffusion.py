@@ -17,7 +17,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from lowvram import seeded
+from lowvram import seeded, standin
 from lowvram.errors import LowVRAMError
 from lowvram.noise import Predict, Schedule, per_sample
 from lowvram.sampling.ode import Denoiser, Method, OnStep, Spacing, check_method, solve, spacing
@@ -304,22 +304,23 @@ class LatentSampler:
         if between is not None:
             later = guided(denoise, pick(condition, between[0]), nothing, self.guidance)
             model = blended(model, later, between[1])
-        sigmas = spacing(self.schedule, self.steps, self.spacing)
-        sigmas = sigmas[self.steps - max(1, round(self.steps * strength)) :]
+        with standin.real():
+            sigmas = spacing(self.schedule, self.steps, self.spacing)
+            levels = sigmas.tolist()[self.steps - max(1, round(self.steps * strength)) :]
         noise = noise.to(self.device)
         # The network's first input is unit noise, in the coordinates of its own process.
-        x = noise / self.schedule.c_in(sigmas[:1].to(noise))
+        x = noise / self.schedule.c_in(noise.new_tensor(levels[:1]))
         if init is not None:
             init = init.to(noise)
-            noised = init + sigmas[0] * noise
+            noised = init + levels[0] * noise
             if strength < 1:
                 x = noised
             if mask is not None:
                 mask = mask.to(noise)
                 x = torch.where(mask > 0, x, noised)
                 model = keeping(model, init, mask)
-        x = solve(self.method, model, x, sigmas, seeds=seeds, eta=self.eta, on_step=self.on_step)
-        if not bool(x.isfinite().all()):
+        x = solve(self.method, model, x, levels, seeds=seeds, eta=self.eta, on_step=self.on_step)
+        if not standin.active() and not bool(x.isfinite().all()):
             raise LowVRAMError(
                 "the network gives NaN or infinity in place of latents.",
                 "Sample in bf16 or fp32 where it ran in fp16, or from an earlier checkpoint.",

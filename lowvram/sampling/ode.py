@@ -13,7 +13,7 @@ Legend: B batch, N steps; here and next stand for sigmas[i] and sigmas[i + 1].
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, get_args
 
 import torch
@@ -24,6 +24,7 @@ from lowvram.errors import LowVRAMError
 from lowvram.noise import Schedule
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]  # (x [B, ...], sigma [B]) -> denoised [B, ...]
+Levels = Tensor | Sequence[float]  # noise levels, falling
 OnStep = Callable[[int, Tensor], None]  # called with a finished step's index and its denoised [B, ...]
 Method = Literal["euler", "heun", "dpmpp_2m", "ddim", "euler_ancestral"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -64,7 +65,7 @@ def solve(
     method: Method,
     model: Denoiser,
     x: Tensor,
-    sigmas: Tensor,
+    sigmas: Levels,
     *,
     seeds: Tensor | None = None,
     eta: float = 0.0,
@@ -98,7 +99,7 @@ def check_method(method: str, eta: float = 0.0) -> None:
         raise LowVRAMError(f"eta={eta} is not within 0..1.", "Take 0 (deterministic) to 1 (as DDPM).")
 
 
-def euler(model: Denoiser, x: Tensor, sigmas: Tensor, *, on_step: OnStep | None = None) -> Tensor:
+def euler(model: Denoiser, x: Tensor, sigmas: Levels, *, on_step: OnStep | None = None) -> Tensor:
     """Euler's method, order 1, one call a step: EDM, algorithm 1 without its second-order correction.
 
     The same as DDIM with eta 0 (arXiv 2010.02502, equation 13), and as Euler steps of t on flow's straight paths.
@@ -110,7 +111,7 @@ def euler(model: Denoiser, x: Tensor, sigmas: Tensor, *, on_step: OnStep | None 
     return x
 
 
-def heun(model: Denoiser, x: Tensor, sigmas: Tensor, *, on_step: OnStep | None = None) -> Tensor:
+def heun(model: Denoiser, x: Tensor, sigmas: Levels, *, on_step: OnStep | None = None) -> Tensor:
     """Heun's method, order 2, two calls a step: EDM, algorithm 1 (with S_churn 0).
 
     A step to 0 is Euler's, as there. So is one from pure noise (sigma beyond 1000: zero terminal SNR, flow): the
@@ -129,7 +130,7 @@ def heun(model: Denoiser, x: Tensor, sigmas: Tensor, *, on_step: OnStep | None =
     return x
 
 
-def dpmpp_2m(model: Denoiser, x: Tensor, sigmas: Tensor, *, on_step: OnStep | None = None) -> Tensor:
+def dpmpp_2m(model: Denoiser, x: Tensor, sigmas: Levels, *, on_step: OnStep | None = None) -> Tensor:
     """DPM-Solver++(2M), order 2, one call a step (arXiv 2211.01095, algorithm 2).
 
     The first step, and one to 0, are of order 1: there is no earlier value, or no finite step in log sigma.
@@ -151,7 +152,7 @@ def dpmpp_2m(model: Denoiser, x: Tensor, sigmas: Tensor, *, on_step: OnStep | No
 def ddim(
     model: Denoiser,
     x: Tensor,
-    sigmas: Tensor,
+    sigmas: Levels,
     *,
     eta: float = 0.0,
     seeds: Tensor | None = None,
@@ -178,7 +179,7 @@ def ddim(
 
 
 def euler_ancestral(
-    model: Denoiser, x: Tensor, sigmas: Tensor, *, seeds: Tensor | None, on_step: OnStep | None = None
+    model: Denoiser, x: Tensor, sigmas: Levels, *, seeds: Tensor | None, on_step: OnStep | None = None
 ) -> Tensor:
     """Ancestral sampling with Euler steps (arXiv 2006.11239, algorithm 2, on any levels): DDIM with eta 1.
 
@@ -195,12 +196,12 @@ def step_noise(seeds: Tensor, x: Tensor, step: int) -> Tensor:
     return seeded.randn(seeds, *x.shape[1:], stream=f"sampler.step.{step}").to(x)
 
 
-def _pairs(sigmas: Tensor) -> list[tuple[int, float, float]]:
+def _pairs(sigmas: Levels) -> list[tuple[int, float, float]]:
     """(step, here, next) of each step.
 
     Raises LowVRAMError for levels that do not fall, or fewer than two.
     """
-    levels = sigmas.tolist()
+    levels = sigmas.tolist() if isinstance(sigmas, Tensor) else list(sigmas)
     pairs = [(i, here, after) for i, (here, after) in enumerate(itertools.pairwise(levels))]
     if not pairs or not all(here > after >= 0 for _, here, after in pairs):
         raise LowVRAMError(f"the noise levels {levels} do not fall step by step.", "Make them with `spacing`.")

@@ -37,6 +37,7 @@ class DataSettings:
     workers: int
     on_bad_file: str
     bad_file_limit: int
+    buckets: bool = False  # run folders from before there were any mean this
 
     def __post_init__(self) -> None:
         one_of("data.on_bad_file", self.on_bad_file, ("skip", "error"))
@@ -126,6 +127,11 @@ class Settings:
             raise LowVRAMError(f"device={self.device} is not known.", "Use auto, cpu, cuda or cuda:N.")
         if self.vram is not None:
             parse_bytes("vram", self.vram)
+        if self.data.buckets and self.task != "diffusion":
+            raise LowVRAMError(
+                f"data.buckets=true is for latent diffusion alone, and task={self.task} learns from squares.",
+                "Leave data.buckets out.",
+            )
         for phase, micro in self.micro_batches().items():
             self._check_micro_batch(phase, micro)
 

@@ -1,6 +1,6 @@
 """Settings of latent diffusion: what is denoised, by which network, under which conditions."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lowvram.errors import LowVRAMError
 from lowvram.settings.base import Settings
@@ -183,6 +183,26 @@ class DiffusionSettings(Settings):
                 f"resolution={self.resolution} gives latents of {self.resolution / self.latent.factor:g} a side, and "
                 f"network={self.network} needs a multiple of {self.grain}.",
                 "Use a higher resolution, a smaller latent.factor, or fewer levels.",
+            )
+        if self.data.buckets:
+            self._check_buckets()
+
+    def at_full_cost(self) -> "DiffusionSettings":
+        """Each step of sampling takes the memory of the others: two are enough to see it."""
+        return replace(self, sampling=replace(self.sampling, steps=2))
+
+    def _check_buckets(self) -> None:
+        if self.latent.crops > 1:
+            raise LowVRAMError(
+                f"data.buckets=true does not go with latent.crops={self.latent.crops}: images are hardly cut.",
+                "Use latent.crops=1, or leave data.buckets out.",
+            )
+        multiple = self.latent.factor * self.grain
+        if self.resolution < 3 * multiple:
+            raise LowVRAMError(
+                f"data.buckets=true leaves nothing but the square at resolution={self.resolution}: sides are multiples "
+                f"of {multiple}, latent.factor={self.latent.factor} times the {self.grain} of network={self.network}.",
+                "Use a higher resolution, a smaller latent.factor, fewer levels, or leave data.buckets out.",
             )
 
     @property

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lowvram import seeded
+from lowvram import seeded, standin
 from lowvram.ema import ExponentialMovingAverage
 from lowvram.errors import LowVRAMError
 from lowvram.models.autoencoder import Autoencoder, decode_safely
@@ -137,17 +137,22 @@ class AutoencoderTask(Task):
         """Reconstructions of images of the data set, by the latents' means: for the recipe's own seed of the first."""
         if options:
             raise LowVRAMError(f"{next(iter(options))} has no meaning for an autoencoder.", "Leave it out.")
-        dataset = self.dataset()
         size = micro_batch or max(1, (self.settings.micro_batch.autoencoder or self.settings.batch) // 2)
         out = []
         first = start + 1009 * (seed - self.settings.seed)
         for begin in range(first, first + n, size):
             end = min(begin + size, first + n)
-            images = torch.stack([dataset[i % len(dataset)] for i in range(begin, end)]).to(self.device)
+            images = self._reals(range(begin, end))
             moments = encode_tiled(self.average, to_range(images), tile_pixels=TILE_PIXELS)
             mean = moments.chunk(2, dim=1)[0]
             out.append(to_pixels(decode_safely(self.average, mean, tile_pixels=TILE_PIXELS)).cpu())
         return torch.cat(out)
+
+    def _reals(self, indices: range) -> Tensor:
+        if standin.active():  # a plan is made without the data
+            return self.example(len(indices))
+        dataset = self.dataset()
+        return torch.stack([dataset[i % len(dataset)] for i in indices]).to(self.device)
 
     def interpolate(
         self, seed: int = 0, *, keyframes: int = 8, frames_per_keyframe: int = 30, **options: Any

@@ -16,6 +16,7 @@ from torch import Tensor
 from lowvram import checkpoint as checkpoints
 from lowvram.config import load_recipe
 from lowvram.data import latents as cache
+from lowvram.data.bucketed import BucketedSet
 from lowvram.data.image_cache import cache_root
 from lowvram.data.latents import LatentSet, Variants
 from lowvram.ema import on_device
@@ -64,7 +65,8 @@ class Codec:
     def measure(self, latents: LatentSet) -> None:
         """Set scale and shift so that latents have mean 0 and standard deviation 1 (arXiv 2112.10752, appendix G)."""
         step = max(1, len(latents) // _MEASURED_LATENTS)
-        moments = torch.stack([torch.from_numpy(latents.moments(i)) for i in range(0, len(latents), step)])
+        each = [torch.from_numpy(latents.moments(i)) for i in range(0, len(latents), step)]
+        moments = torch.cat([of_one.flatten(1) for of_one in each], dim=1)[None]  # [1, 2 C, pixels]: shapes may differ
         mean = sample_latents(moments, None)
         variance = moments.float().chunk(2, dim=1)[1].exp()
         self.autoencoder.shift_factor = float(mean.mean())
@@ -76,9 +78,17 @@ class Codec:
 
 
 def find(settings: DiffusionSettings, folder: Path | None) -> Path | None:
-    """The autoencoder: the copy in the run's folder, what `latent.path` names, or a finished run of `latent.recipe`."""
-    if folder is not None and (folder / BESIDE / "config.json").is_file():
-        return folder / BESIDE
+    """The autoencoder: the copy in the run's folder, what `latent.path` names, or a finished run of `latent.recipe`.
+
+    Where training goes on from another run, in whose latents the denoiser is at home: that run's copy.
+    """
+    homes = [] if folder is None else [folder]
+    if settings.resume not in (None, "auto"):
+        begun = Path(settings.resume).expanduser()  # a run, or RUN/checkpoints/STEP
+        homes += [begun, begun.parent.parent]
+    for home in homes:
+        if (home / BESIDE / "config.json").is_file():
+            return home / BESIDE
     if settings.latent.path is not None:
         return Path(settings.latent.path).expanduser()
     return next((run.folder for run, done in _runs(settings) if done), None)
@@ -107,7 +117,7 @@ def _wanted(settings: DiffusionSettings) -> AutoencoderSettings:
     found = load_recipe(recipe)
     if not isinstance(found, AutoencoderSettings):
         raise LowVRAMError(f"latent.recipe={recipe} trains no autoencoder.", "Use one such as faces256_vae.")
-    data = replace(settings.data, labels=False, mirror=found.data.mirror, workers=found.data.workers)
+    data = replace(settings.data, labels=False, buckets=False, mirror=found.data.mirror, workers=found.data.workers)
     same = {name: getattr(settings, name) for name in ("device", "vram", "seed", "debug", "logger")}
     return replace(found, data=data, **same)
 
@@ -197,6 +207,20 @@ def _of_folder(folder: Path) -> Codec:
     return Codec(autoencoder=network, scaled=True)
 
 
+def pretended(settings: DiffusionSettings) -> Codec:
+    """An autoencoder of the right shape with no weights to speak of, for plans where there is none yet."""
+    latent = settings.latent
+    if latent.path is not None and (config := _config_of(Path(latent.path).expanduser())) is not None:
+        return Codec(autoencoder=Autoencoder.from_config(load_json(config)), scaled=True)
+    return Codec(autoencoder=AutoencoderTask(_wanted(settings), torch.device("cpu")).average, scaled=True)
+
+
+def _config_of(path: Path) -> Path | None:
+    """The config.json of a `vae` folder, or of a pipeline's; none for a run of lowvram."""
+    found = (folder / "config.json" for folder in (path / "vae", path))
+    return next((config for config in found if config.is_file()), None)
+
+
 def write_beside(codec: Codec, folder: Path) -> None:
     """Copy it into a run's folder, where there is none yet."""
     if not (folder / BESIDE / "config.json").is_file():
@@ -209,14 +233,18 @@ def write_beside(codec: Codec, folder: Path) -> None:
 def latents(settings: DiffusionSettings, codec: Codec, device: torch.device) -> LatentSet:
     """The latents of the recipe's images: read where they are kept, made where they are not.
 
-    With text each image's label is its own index, that of its caption.
+    With text each image's label is its own index, that of its caption. With `data.buckets` images are of several
+    shapes, `LatentSet.images` is a BucketedSet, and sides of latents are multiples of the denoiser's grain.
     """
     latent = settings.latent
     larger = None
     if latent.crops > 1:
         wide = replace(settings, data=replace(settings.data, labels=False))
         larger = open_images(wide, resolution=round(settings.resolution * _LARGER))
-    images = open_images(settings)
+    images, picture_sizes = open_images(settings), None
+    if settings.data.buckets:
+        images = BucketedSet(images, multiple=latent.factor * settings.grain, min_images=settings.batch)
+        picture_sizes = images.picture_sizes
     folder = Path(latent.folder).expanduser() if latent.folder else cache_root() / "latents"
     with on_device(codec.autoencoder, device):
         return cache.build(
@@ -226,5 +254,6 @@ def latents(settings: DiffusionSettings, codec: Codec, device: torch.device) -> 
             key={"autoencoder": cache.hash_weights(codec.autoencoder.state_dict())},
             variants=Variants(mirror=settings.data.mirror, crops=latent.crops),
             larger=larger,
+            picture_sizes=picture_sizes,
             batch=max(1, 2**21 // settings.resolution**2) if device.type == "cuda" else 16,
         )

@@ -43,8 +43,10 @@ class Condition(ABC):
         """Of a micro-batch: labels int64 [b], seeds int64 [b] on the CPU."""
 
     @abstractmethod
-    def wanted(self, wishes: Sequence[int] | Sequence[str], network: nn.Module | None) -> Conditions:
-        """Of classes or prompts, a row for each."""
+    def wanted(
+        self, wishes: Sequence[int] | Sequence[str], network: nn.Module | None, *, cut: bool = False
+    ) -> Conditions:
+        """Of classes or prompts, a row for each. cut: a text that is too long is read in part, as in training."""
 
     @abstractmethod
     def null(self, network: nn.Module | None) -> Conditions:
@@ -62,7 +64,9 @@ class Unconditional(Condition):
     def training(self, labels: Tensor, seeds: Tensor, network: nn.Module | None) -> Conditions:
         return {}
 
-    def wanted(self, wishes: Sequence[int] | Sequence[str], network: nn.Module | None) -> Conditions:
+    def wanted(
+        self, wishes: Sequence[int] | Sequence[str], network: nn.Module | None, *, cut: bool = False
+    ) -> Conditions:
         return {}
 
     def null(self, network: nn.Module | None) -> Conditions:
@@ -80,7 +84,9 @@ class Classes(Condition):
         dropped = self._dropped(seeds).to(labels.device)
         return {"labels": torch.where(dropped, self.count, labels).to(self.device)}
 
-    def wanted(self, wishes: Sequence[int] | Sequence[str], network: nn.Module | None) -> Conditions:
+    def wanted(
+        self, wishes: Sequence[int] | Sequence[str], network: nn.Module | None, *, cut: bool = False
+    ) -> Conditions:
         for wish in wishes:
             if not isinstance(wish, int) or not 0 <= wish < self.count:
                 raise LowVRAMError(f"class {wish} is not there.", f"This network's classes are 0 to {self.count - 1}.")
@@ -120,9 +126,11 @@ class Words(Condition):
         return {"context": context, "context_mask": mask}
 
     @torch.no_grad()
-    def wanted(self, wishes: Sequence[int] | Sequence[str], network: nn.Module | None) -> Conditions:
+    def wanted(
+        self, wishes: Sequence[int] | Sequence[str], network: nn.Module | None, *, cut: bool = False
+    ) -> Conditions:
         assert isinstance(network, TextEncoder)
-        ids = network.tokenizer.encode([str(wish) for wish in wishes])
+        ids = network.tokenizer.encode([str(wish) for wish in wishes], too_long="cut" if cut else "error")
         context, mask = network(ids.to(self.device))
         return {"context": context, "context_mask": mask}
 
@@ -185,9 +193,11 @@ class Clip(Condition):
             mask = torch.from_numpy(np.stack([masks[row] for row in rows.tolist()]))
         return {"context": context.to(self.device), "context_mask": mask.to(self.device)}
 
-    def wanted(self, wishes: Sequence[int] | Sequence[str], network: nn.Module | None) -> Conditions:
+    def wanted(
+        self, wishes: Sequence[int] | Sequence[str], network: nn.Module | None, *, cut: bool = False
+    ) -> Conditions:
         encoder = self._encoder().to(self.device)
-        context, mask, _ = encoder.encode([str(wish) for wish in wishes])
+        context, mask, _ = encoder.encode([str(wish) for wish in wishes], too_long="cut" if cut else "error")
         return {"context": context.float().cpu(), "context_mask": mask.cpu()}
 
     def null(self, network: nn.Module | None) -> Conditions:

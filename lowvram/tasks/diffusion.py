@@ -1,9 +1,11 @@
 """Latent diffusion (arXiv 2112.10752) as one phase: a denoiser of an autoencoder's latents, a UNet or a transformer."""
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lowvram import seeded, standin
+from lowvram.data.bucketed import BucketedSet
 from lowvram.data.captions import read_captions
 from lowvram.data.latents import LatentSet
 from lowvram.ema import ExponentialMovingAverage, on_device
@@ -27,12 +30,13 @@ from lowvram.sampling.diffusion import LatentSampler
 from lowvram.sampling.gan import sample_seeds
 from lowvram.sampling.grids import make_grid
 from lowvram.settings import AutoencoderSettings, DiffusionSettings
-from lowvram.tasks import Task, codec, conditions
+from lowvram.tasks import Task, codec, conditions, load_json
 from lowvram.tasks.codec import Codec
 from lowvram.tasks.warmup import Warmup
 
 _CAPTIONS = "captions.txt"  # in the run's folder: some of the data set's, for samples without a prompt
 _KEPT_CAPTIONS = 1000
+_CLASSES = "classes.json"  # in the run's folder: their names, so that it can be sampled from without the data
 _GPU_SLICE = 8
 
 
@@ -40,13 +44,10 @@ class DiffusionTask(Task):
     """Networks `denoiser` and `denoiser_ema`; with text and no CLIP also `text` and `text_ema`."""
 
     settings: DiffusionSettings
-    sample_options = (
-        "classes", "prompts", "sampler", "steps", "spacing", "guidance", "eta", "init", "strength", "mask",
-    )  # fmt: skip
 
     def __init__(self, settings: DiffusionSettings, device: torch.device, folder: Path | None = None) -> None:
         super().__init__(settings, device, folder)
-        count = self.dataset().num_classes if settings.condition == "class" else 0
+        count = self._count_classes() if settings.condition == "class" else 0
         self.condition = conditions.make(settings, count, device)
         self.denoiser_ema = self._denoiser(count).eval().requires_grad_(False)
         self.networks = {"denoiser_ema": self.denoiser_ema}
@@ -62,6 +63,9 @@ class DiffusionTask(Task):
         self.predict = cast(Predict, loss.predict)
         self.schedule.check(loss.predict)
         self.scale, self.shift = 1.0, 0.0
+        self._said: set[str] = set()  # words that no caption has
+        told = {"none": (), "class": ("classes", "guidance"), "text": ("prompts", "guidance")}[settings.condition]
+        self.sample_options = ("sampler", "steps", "spacing", "eta", "init", "strength", "mask", *told)
 
     @classmethod
     def earlier(cls, settings: Any, folder: Path | None) -> AutoencoderSettings | None:
@@ -72,7 +76,9 @@ class DiffusionTask(Task):
         path = codec.find(settings, folder)
         assert path is not None, "the autoencoder is trained before"
         say(f"latents by the autoencoder in {path}")
-        codec.latents(settings, codec.load(path, settings), device)
+        images = codec.latents(settings, codec.load(path, settings), device).images
+        if isinstance(images, BucketedSet):
+            say(images.summary())
 
     def prepare_training(self) -> None:
         settings = self.settings
@@ -120,6 +126,12 @@ class DiffusionTask(Task):
 
     def _take_in_data(self) -> None:
         self.scale, self.shift = self.codec.autoencoder.scaling_factor, self.codec.autoencoder.shift_factor
+        if isinstance(self.condition, conditions.Classes) and self.condition.count != self.dataset().num_classes:
+            raise LowVRAMError(
+                f"{self.dataset().name} has {self.dataset().num_classes} classes, and the run was begun with "
+                f"{self.condition.count}.",
+                "Go on with the data set of then, or start a new run.",
+            )
         if self.settings.condition != "text":
             return
         self.captions = read_captions(self.dataset(), missing=self.settings.text.missing)
@@ -164,6 +176,8 @@ class DiffusionTask(Task):
     @cached_property
     def codec(self) -> Codec:
         """The run's autoencoder, on the host."""
+        if standin.active():
+            return codec.pretended(self.settings)
         path = codec.find(self.settings, self.folder)
         if path is None:
             raise LowVRAMError(
@@ -186,16 +200,28 @@ class DiffusionTask(Task):
         return self._latents
 
     def example(self, n: int) -> Tensor:
+        """As `Task.example`; with `data.buckets` the square, than which no bucket is larger."""
         size = self.settings.latent_size
         shape = (n, 2 * self.settings.latent.channels, size, size)
         moments = torch.empty(shape, dtype=torch.float16, device=self.device)
         return moments if standin.active() else moments.normal_()
 
+    def _count_classes(self) -> int:
+        """Those that the run was begun with, or else of the data set."""
+        path = None if self.folder is None else self.folder / _CLASSES
+        if path is None or not path.is_file():
+            return self.dataset().num_classes
+        names = load_json(path).get("names")
+        if not isinstance(names, list) or not names:
+            raise LowVRAMError(f"{path} names no classes.", "Restore it, or remove it where the data set is there.")
+        return len(names)
+
     def write_beside(self, folder: Path) -> None:
         codec.write_beside(self.codec, folder)
+        if self.settings.condition == "class":
+            (folder / _CLASSES).write_text(json.dumps({"names": self.dataset().class_names}) + "\n", encoding="utf-8")
         if self.settings.condition == "text":
-            kept = [text for text in self.captions[: 4 * _KEPT_CAPTIONS] if text][:_KEPT_CAPTIONS]
-            (folder / _CAPTIONS).write_text("\n".join(kept) + "\n", encoding="utf-8")
+            (folder / _CAPTIONS).write_text("\n".join(self._kept_captions()) + "\n", encoding="utf-8")
 
     # Sampling.
 
@@ -243,10 +269,12 @@ class DiffusionTask(Task):
         told: dict[str, Any],
     ) -> Tensor:
         grain = self.settings.latent.factor * self.settings.grain
-        if init.dim() != 3 or init.dtype != torch.uint8 or init.shape[1] % grain or init.shape[2] % grain:
+        sides = init.shape[1:]
+        if init.dim() != 3 or len(init) != 3 or init.dtype != torch.uint8 or any(not s or s % grain for s in sides):
             raise LowVRAMError(
-                f"init is {init.dtype} {list(init.shape)}, not uint8 [3, H, W].",
-                f"Crop or resize it to sides that are multiples of {grain}.",
+                f"init is {str(init.dtype).removeprefix('torch.')} {list(init.shape)}, not uint8 [3, H, W] with sides "
+                f"that are multiples of {grain}.",
+                "Convert, crop or resize it.",
             )
         with torch.no_grad(), on_device(self.codec.autoencoder, self.device):
             moments = self.codec.encode(init[None], self.device)
@@ -334,19 +362,21 @@ class DiffusionTask(Task):
         own = [given[i % len(given)] for i in range(start, start + n)] if given else []
         if kind == "text" and wishes.prompts is not None and self.text_ema is not None:
             self._say_unseen(wishes.prompts)
-        return self.condition.wanted(cast(Any, own), self.text_ema)
+        return self.condition.wanted(cast(Any, own), self.text_ema, cut=not wishes.given())
 
     def _null(self, wishes: "Wishes") -> dict[str, Tensor]:
         return self.condition.null(self.text_ema)
 
     def _say_unseen(self, prompts: Sequence[str]) -> None:
         unseen = [word for prompt in prompts for word in cast(Any, self.text_ema).unseen(prompt)]
-        if unseen:
-            self._say(f"no caption that this network learned from has {', '.join(dict.fromkeys(unseen))}")
+        new = [word for word in dict.fromkeys(unseen) if word not in self._said]  # said once, not for each batch
+        if new:
+            self._say(f"no caption that this network learned from has {', '.join(new)}")
+        self._said.update(new)
 
     def _kept_captions(self) -> list[str]:
         if hasattr(self, "captions"):
-            return [text for text in self.captions[:_KEPT_CAPTIONS] if text] or [""]
+            return list(islice((text for text in self.captions if text), _KEPT_CAPTIONS)) or [""]
         path = None if self.folder is None else self.folder / _CAPTIONS
         if path is None or not path.is_file():
             return [""]

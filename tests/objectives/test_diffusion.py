@@ -110,15 +110,16 @@ def test_offset_noise_moves_whole_channels_and_belongs_to_the_target():
     assert float(plain.mean()) == pytest.approx(1, abs=0.02) and float(loss.mean()) == pytest.approx(1.25, abs=0.05)
 
 
-def test_narrow_latents_and_outputs_are_compared_in_float32():
-    x0, network = latents().half(), Seen()
+@pytest.mark.parametrize(("schedule", "predict"), COMBINATIONS)
+def test_narrow_latents_and_outputs_are_compared_in_float32(schedule, predict):
+    x0 = latents().half()
 
     def narrow(x_in, time):
         assert x_in.dtype == time.dtype == torch.float32
-        return network(x_in, time).bfloat16()
+        return (0.5 * x_in).half()
 
-    loss = diffusion_loss(narrow, x0, SEEDS, schedule=Schedule.flow(), predict="flow")
-    wide = diffusion_loss(Seen(0.30078125), x0.float(), SEEDS, schedule=Schedule.flow(), predict="flow")
+    loss = diffusion_loss(narrow, x0, SEEDS, schedule=schedule, predict=predict)
+    wide = diffusion_loss(lambda x, t: narrow(x, t).float(), x0.float(), SEEDS, schedule=schedule, predict=predict)
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, wide)
 
