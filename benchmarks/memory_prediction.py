@@ -44,7 +44,7 @@ from lowvram.planner.cards import Card
 from lowvram.planner.compose import highest
 from lowvram.planner.estimate import Choice, Estimator
 from lowvram.planner.pieces import Pieces
-from lowvram.planner.recipe import phase_names, plan_recipe, subject_of
+from lowvram.planner.recipe import plan_recipe, subject_of
 from lowvram.planner.tracing import Job, Recorded, Structure
 from lowvram.settings import Settings, parse_bytes
 
@@ -116,7 +116,7 @@ class Predictor:
 
     def predict(self, settings: Settings) -> Prediction:
         """The parts of a step of the recipe under the settings' policy."""
-        names = phase_names(settings)
+        names = settings.phase_names()
         policy = MemoryPolicy.from_settings(settings, phases=names, precision="fp32")
         if self.card is None:  # a CPU's memory is the host's: there the average is moved nowhere
             policy = replace(policy, ema="device")

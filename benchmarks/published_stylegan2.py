@@ -36,67 +36,39 @@ from lowvram.planner.allocator import replay
 from lowvram.planner.compose import highest
 from lowvram.planner.estimate import Estimator
 from lowvram.planner.pieces import Pieces
-from lowvram.planner.recipe import phase_names, subject_of
+from lowvram.planner.recipe import subject_of
 from lowvram.planner.tracing import Structure
 from lowvram.settings import Settings
 
 GIB = 2**30
-PHASES = ("G", "path_length", "D", "R1")
+PHASES = ("G", "path_length", "D", "R1")  # in the order of `Published.phases_gib`
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Published:
     """A configuration of the published table: images of one GPU, its GB, and the peaks of its phases where known."""
 
     resolution: int
     images: int
     gib: float
-    channel_base: int
-    mapping_layers: int
-    mbstd_group: int
     phases_gib: tuple[float, float, float, float] | None = None
+    mapping_layers: int = 2
+    mbstd_group: int = 4
+
+    @property
+    def channel_base(self) -> int:
+        """The same of both kinds of configuration."""
+        return 32768 if self.resolution >= 512 else 16384
 
 
 CONFIGURATIONS = {
-    "auto 128": Published(resolution=128, images=32, gib=6.2, channel_base=16384, mapping_layers=2, mbstd_group=4),
-    "auto 256": Published(
-        resolution=256,
-        images=16,
-        gib=4.5,
-        channel_base=16384,
-        mapping_layers=2,
-        mbstd_group=4,
-        phases_gib=(4.45, 4.23, 1.76, 2.48),
-    ),
-    "auto 512": Published(
-        resolution=512,
-        images=8,
-        gib=6.8,
-        channel_base=32768,
-        mapping_layers=2,
-        mbstd_group=4,
-        phases_gib=(6.73, 5.26, 2.88, 4.42),
-    ),
-    "auto 1024": Published(
-        resolution=1024,
-        images=4,
-        gib=7.2,
-        channel_base=32768,
-        mapping_layers=2,
-        mbstd_group=4,
-        phases_gib=(6.68, 4.94, 3.04, 4.61),
-    ),
-    "paper 256": Published(
-        resolution=256,
-        images=8,
-        gib=2.7,
-        channel_base=16384,
-        mapping_layers=8,
-        mbstd_group=8,
-        phases_gib=(2.65, 2.51, 1.32, 1.61),
-    ),
-    "paper 512": Published(resolution=512, images=8, gib=6.7, channel_base=32768, mapping_layers=8, mbstd_group=8),
-    "paper 1024": Published(resolution=1024, images=4, gib=6.9, channel_base=32768, mapping_layers=8, mbstd_group=4),
+    "auto 128": Published(128, 32, 6.2),
+    "auto 256": Published(256, 16, 4.5, (4.45, 4.23, 1.76, 2.48)),
+    "auto 512": Published(512, 8, 6.8, (6.73, 5.26, 2.88, 4.42)),
+    "auto 1024": Published(1024, 4, 7.2, (6.68, 4.94, 3.04, 4.61)),
+    "paper 256": Published(256, 8, 2.7, (2.65, 2.51, 1.32, 1.61), mapping_layers=8, mbstd_group=8),
+    "paper 512": Published(512, 8, 6.7, mapping_layers=8, mbstd_group=8),
+    "paper 1024": Published(1024, 4, 6.9, mapping_layers=8),
 }
 
 
@@ -190,7 +162,7 @@ def settings_of(published: Published) -> Settings:
 def trace(published: Published, *, lean: bool = False) -> dict[str, Any]:
     """Peaks of a configuration, in bytes: by phase, the whole, reserved. lean: of our own networks instead."""
     settings = settings_of(published)
-    names = phase_names(settings)
+    names = settings.phase_names()
     policy = MemoryPolicy.from_settings(settings, phases=names, precision="fp32")
     card = cards.find("T4")
     with Pieces(subject_of(settings), processes=1) as pieces:

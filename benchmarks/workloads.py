@@ -108,9 +108,6 @@ def recipe(name: str, overrides: list[str], device: torch.device) -> Workload:
     )
 
 
-SD15_PARAMETERS = 859_520_964
-
-
 def sd15(
     device: torch.device,
     *,

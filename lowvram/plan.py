@@ -10,9 +10,11 @@ from lowvram.errors import LowVRAMError
 _OWN = {
     "card": "a card by name (card=3060); else the one that is there, else a usual one of the budget's size",
     "allow": "what may be changed of the training: adam8bit, fd_r1, pl_shrink (allow=[fd_r1,pl_shrink])",
+    "processes": "that train together, each on such a card (accelerate launch --num_processes N); 1 unless given",
     "out": "the folder for plan.json and plan.png; plans/RECIPE-VRAM unless given",
 }
 NOTHING_FITS = 3
+_MOST_PROCESSES = 64
 
 
 def main() -> None:
@@ -39,7 +41,7 @@ def _plan(arguments: list[str]) -> bool:
     from lowvram.planner.recipe import plan_recipe
 
     allow = [name for name in own.get("allow", "").strip("[]").replace(" ", "").split(",") if name]
-    plan = plan_recipe(settings, card=own.get("card"), allow=allow)
+    plan = plan_recipe(settings, card=own.get("card"), allow=allow, processes=_processes(own.get("processes", "1")))
     print(plan)
     folder = Path(own.get("out") or Path("plans") / f"{settings.recipe}-{settings.vram or plan.card.replace(' ', '')}")
     try:
@@ -54,8 +56,14 @@ def _plan(arguments: list[str]) -> bool:
     return plan.fits
 
 
+def _processes(word: str) -> int:
+    if not word.isdecimal() or not 1 <= int(word) <= _MOST_PROCESSES:
+        raise LowVRAMError(f"processes={word} is not a number from 1 to {_MOST_PROCESSES}.", "Write processes=2.")
+    return int(word)
+
+
 def _help() -> str:
-    own = "\n".join(f"  {name + '=':<8} {about}" for name, about in _OWN.items())
+    own = "\n".join(f"  {name + '=':<11} {about}" for name, about in _OWN.items())
     return f"""python -m lowvram.plan recipe=NAME vram=6GB [setting=value ...]
 
 Say whether a recipe fits a card, how, at what cost in speed, and what the smallest card is that would do. Needs no GPU.
@@ -67,7 +75,8 @@ Exits with 0 when it fits, with 3 when nothing does, with 2 on a mistake.
 
 Examples:
   python -m lowvram.plan recipe=faces256 vram=6GB
-  python -m lowvram.plan recipe=faces1024 card=3060 memory.activations.G=recompute"""
+  python -m lowvram.plan recipe=faces1024 card=3060 memory.activations.G=recompute
+  python -m lowvram.plan recipe=faces256 vram=6GB memory.fsdp=shard processes=2"""
 
 
 if __name__ == "__main__":

@@ -86,7 +86,8 @@ def test_what_does_not_fit_ends_with_3(plans: Plans, tmp_path: Path) -> None:
         (["vram=0.3GB"], "leaves nothing to train with", "at the very least"),
         (["vram=6GB", "allow=[magic]"], "allow=magic is not known", "fd_r1"),
         (["vram=6GB", "memory.weights.G=stream"], "memory.weights.G is named", "memory.weights.D"),
-        (["vram=6GB", "memory.fsdp=shard"], "memory.fsdp is named", "memory=recipe"),
+        (["vram=6GB", "processes=two"], "processes=two is not a number", "processes=2"),
+        (["vram=6GB", "processes=3"], "don't divide among 3 processes", "fewer processes"),
         (["vram=6GB", "--card=3070"], "--card=3070 is not understood", "name=value"),
         (["vram=6GB", "bach=8"], "no setting bach", "batch"),
     ],
@@ -124,6 +125,16 @@ def test_what_is_allowed_is_used_only_if_nothing_fits_without(plans: Plans, tmp_
     changed = Plan.load(tmp_path / "changed" / "plan.json")
     assert changed.changes == ("loss.r1_kind=finite_difference",)
     assert "loss.r1_kind=finite_difference" in out
+
+
+def test_a_card_of_several(plans: Plans, tmp_path: Path) -> None:
+    """Each holds a part of the batch, and of the weights if they are sharded."""
+    status, out, said = plans(*RECIPE, "vram=6GB", "card=3060", "memory.fsdp=shard", "processes=2", "out=here")
+    assert status == 0, said
+    assert "on each of 2 RTX 3060" in out
+    plan = Plan.load(tmp_path / "here" / "plan.json")
+    assert (plan.policy.fsdp, plan.processes) == ("shard", 2)
+    assert plan.phases[0].samples == 8
 
 
 def test_less_than_one_block(plans: Plans) -> None:

@@ -67,14 +67,13 @@ class Replay:
 class CachingAllocator:
     """An allocator between two requests. Sizes are bytes, multiples of 512.
 
-    reserved_bytes: now. peak_bytes: the most since it was last set. checked_bytes: the most that was compared with the
-    capacity and allowed; with this capacity or any up to the present one the same would have happened, flush for flush.
+    reserved_bytes: now. peak_bytes: the most since it was last set.
     """
 
     def __init__(self, *, capacity_bytes: int | None = None, expandable: bool = False) -> None:
         self.capacity_bytes = capacity_bytes
         self.expandable = expandable
-        self.reserved_bytes = self.peak_bytes = self.checked_bytes = 0
+        self.reserved_bytes = self.peak_bytes = 0
         self.flushes = self.segments = 0
         self.steps: list[tuple[int, int]] = []
         self._small: list[int] = []  # free blocks, sorted
@@ -167,7 +166,6 @@ class CachingAllocator:
             self.empty_cache()
             if self.reserved_bytes + segment > self.capacity_bytes:
                 return False
-        self.checked_bytes = max(self.checked_bytes, self.reserved_bytes + segment)
         if self.expandable:
             self._grow(size)
         else:
@@ -279,35 +277,6 @@ def replay(
     """
     allocator = CachingAllocator(capacity_bytes=capacity_bytes, expandable=expandable)
     return _replay(allocator, requests, resident, empty_at)
-
-
-def smallest_capacity(
-    requests: Requests,
-    *,
-    resident: Requests | None = None,
-    empty_at: Sequence[int] = (),
-    expandable: bool = False,
-    step_bytes: int = 16 * MIB,
-) -> int:
-    """The smallest multiple of step_bytes from which on every capacity that is a multiple of it fits, flushes included.
-
-    Fits: nothing fails, and (with `expandable`) no page lies beyond it.
-
-    A larger capacity can fail where a smaller one fits, as other flushes lead to other places. So this goes down from
-    the capacity that needs no flush, and stops above the first that fails: a still smaller one might fit, no larger one
-    fails. A replay tells down to where nothing would change, so that most steps need none. What fits just so may flush
-    at every step of training: see `Replay.flushes`.
-    """
-    capacity: int | None = None
-    while True:
-        allocator = CachingAllocator(capacity_bytes=capacity, expandable=expandable)
-        found = _replay(allocator, requests, resident, empty_at)
-        if capacity is not None and (not found.fits or found.reserved_bytes > capacity):
-            return capacity + step_bytes
-        least = max(found.reserved_bytes, allocator.checked_bytes)  # from here on this replay would be the same
-        if not least:
-            return 0
-        capacity = (least - 1) // step_bytes * step_bytes
 
 
 def _replay(

@@ -19,6 +19,7 @@ from lowvram.planner.cards import Card
 from lowvram.planner.log import ATTENTION, CONVOLUTION, KINDS, MATMUL, MEMORY, Work
 
 POWER_SHARE = 0.85  # of the board's limit, while the card computes: element-wise work does not reach it
+HOST_PARAMETERS_PER_SECOND = 0.9e9  # of a fused AdamW on one of the host's threads: FSDP's offload steps there
 IDLE_SHARE = 0.3  # and while it waits, clocks up, for the host
 
 

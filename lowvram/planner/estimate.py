@@ -58,12 +58,17 @@ class Estimator:
         """Whether weights are streamed: then a phase's piece holds its update."""
         return self.structure.weights == "stream"
 
+    @property
+    def as_recorded(self) -> bool:
+        """Whether a second micro-batch is recorded after the first: what becomes of gradients is in the piece."""
+        return self.streams or self.structure.sharded
+
     # Parts.
 
     def job(self, phase: PhaseFacts, choice: Choice) -> Job:
         """What records a phase's micro-batch."""
         micro, activations, every = choice
-        runs = 2 if self.streams and micro < phase.samples_per_process else 1
+        runs = 2 if self.as_recorded and micro < phase.samples_per_process else 1
         return Job(
             structure=self.structure,
             what="phase",
@@ -100,7 +105,7 @@ class Estimator:
             peak = max(peak, held + one.peak_bytes())
             held += int(one.sizes[one.gradients].sum())
         host = self._gradient_traffic(piece, count, own)
-        runs = 2 if self.streams and count > 1 else 1
+        runs = 2 if self.as_recorded and count > 1 else 1
         time = cost.seconds(replace(piece.work, host_bytes=0.0), self.card, self.rates)
         times = count / runs
         pcie = (piece.work.host_bytes * times + host) / (self.card.pcie_bytes_per_second * self.rates.pcie)
@@ -117,7 +122,7 @@ class Estimator:
     def flows(self, phase: PhaseFacts, choice: Choice, own: OptimizerPolicy) -> list[Flow]:
         """The first micro-batch of a phase, and one of the others if there are."""
         piece = self.recorded(phase, choice).piece
-        if self.streams:  # as recorded: both micro-batches, and what became of their gradients
+        if self.as_recorded:  # both micro-batches, and what became of their gradients
             return [flow(piece, Taking())]
         sizes = self._step_sizes(phase, own)
         first = flow(piece, Taking(update=own.update, step_sizes=sizes))
@@ -149,16 +154,30 @@ class Estimator:
         if key not in self._updates:
             recorded = self.update_piece(optimizer, own)
             one = flow(recorded.piece, Taking(later=True))
-            gradients = self.facts.parameter_bytes[optimizer] if own.update == "after" else 0
+            gradients = self.facts.parameter_bytes[optimizer] if own.update == "after" and not self._offloads else 0
             # What a fused update does, it does within the backward: as much as one that follows it.
             whole = self.update_piece(optimizer, replace(own, update="after")) if own.update == "fused" else recorded
-            time = self._alone(whole.piece.work)
+            work = whole.piece.work
+            work = replace(work, host_bytes=work.host_bytes + self._summed_bytes(optimizer))
+            seconds = self._alone(work)
+            if self._offloads:
+                seconds += self.facts.parameter_bytes[optimizer] / 4 / cost.HOST_PARAMETERS_PER_SECOND
             self._updates[key] = PartCost(
                 peak_bytes=one.peak_bytes() + gradients + self._slots_bytes(),
-                seconds=0.0 if self.streams else time,
-                host_bytes=0.0 if self.streams else recorded.piece.work.host_bytes,
+                seconds=0.0 if self.streams else seconds,
+                host_bytes=0.0 if self.streams else work.host_bytes,
             )
         return self._updates[key]
+
+    @property
+    def _offloads(self) -> bool:
+        return self.structure.fsdp == "offload"
+
+    def _summed_bytes(self, optimizer: str) -> float:
+        """What a card sends and receives to sum whole gradients, in a ring; sharded ones' is in the phases' pieces."""
+        if self.structure.sharded:
+            return 0.0
+        return 2 * self.facts.parameter_bytes[optimizer] * (1 - 1 / self.structure.processes)
 
     def average(self, place: str) -> PartCost:
         """The averages' update."""
@@ -169,14 +188,6 @@ class Estimator:
         work = replace(recorded.piece.work, host_bytes=host)
         peak = 0 if place == "host" else flow(recorded.piece, Taking(later=True)).peak_bytes()
         return PartCost(peak_bytes=peak + self._slots_bytes(), seconds=self._alone(work), host_bytes=host)
-
-    def sample(self, slice_: int, place: str) -> tuple[PartCost, Flow] | None:
-        """Sampling, some images at a time; the averaged network comes to the device for it."""
-        if not self.facts.samples_images:
-            return None
-        one = flow(self._sampled(slice_).piece, Taking(later=True))
-        brought = self.facts.average_bytes if place == "host" else 0
-        return PartCost(peak_bytes=one.peak_bytes() + brought, seconds=0.0), one
 
     def _sampled(self, slice_: int) -> Recorded:
         return self.pieces.like(Job(structure=self.structure, what="sample", samples=slice_), 1)

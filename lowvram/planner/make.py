@@ -1,7 +1,7 @@
 """A plan for a subject: where it is trained, what was found, and everything that a person wants to know of it."""
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -21,23 +21,24 @@ from lowvram.planner.subject import Subject
 from lowvram.planner.tracing import Structure
 
 _MOST_BYTES = 192 * 2**30  # no single card has more
+NCCL_BYTES = 200 * 2**20  # its channels' buffers beside a context, by NCCL's defaults for two to eight cards
 
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where to train. budget_bytes: what may be used of the card; vram_bytes: as the user wrote it, if so."""
+    """Where to train. budget_bytes: what may be used of the card."""
 
     card: Card
     constants: Constants
     budget_bytes: int
-    vram_bytes: int | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """What to plan for.
 
-    build: makes the subject on fake tensors. name, batch, kimg: of the training. structure: how weights are held.
+    build: makes the subject on fake tensors. name, batch, kimg: of the training, all processes together. structure: how
+    weights are held, and by how many processes.
     fixed: settings that stay. plain: the policy that settings are told from. changes: of the mathematics, as made.
     smaller: what would need less memory, if nothing fits. notes: to be said with the plan. proportional, processes: see
     `pieces.Pieces`.
@@ -77,7 +78,7 @@ def place(vram_bytes: int | None, card: str | Card | None = None) -> Place:
             f"Write vram={in_gb(card.vram_bytes)} or less, or another card=NAME.",
         )
     constants = calibration.load(card)
-    budget = min(cards.usable_bytes(card), vram_bytes or card.vram_bytes) if vram_bytes is None else vram_bytes
+    budget = cards.usable_bytes(card) if vram_bytes is None else vram_bytes
     least = constants.context_bytes + constants.workspace_bytes + LEAST_BYTES
     if budget < least:
         raise LowVRAMError(
@@ -85,7 +86,7 @@ def place(vram_bytes: int | None, card: str | Card | None = None) -> Place:
             f"{in_gb(constants.context_bytes + constants.workspace_bytes)}.",
             f"Use vram={in_gb(least, up=True)} at the very least.",
         )
-    return Place(card=card, constants=constants, budget_bytes=budget, vram_bytes=vram_bytes)
+    return Place(card=card, constants=constants, budget_bytes=budget)
 
 
 def make(request: Request, where: Place, *, allow: Collection[str] = ()) -> Plan:
@@ -95,13 +96,29 @@ def make(request: Request, where: Place, *, allow: Collection[str] = ()) -> Plan
         LowVRAMError: the budget is below the weights of one block, or an allowed change is not known.
     """
     check_allowed(allow)
+    if request.structure.processes > 1:
+        nccl = where.constants.workspace_bytes + NCCL_BYTES
+        where = replace(where, constants=replace(where.constants, workspace_bytes=nccl))
     with Pieces(request.build, processes=request.processes, proportional=request.proportional) as pieces:
         search = Search(pieces, request.structure, where.card, where.constants, fixed=request.fixed, allow=allow)
+        _check_processes(search.resident)
         _check_block(search, where)
         found = search.within(where.budget_bytes)
         smallest = min(cards.CARDS, key=lambda card: card.vram_bytes)
         least = search.least(cards.usable_bytes(smallest)) if found.best is not None else found.least
         return _Author(request, where, search, found, least).plan()
+
+
+def _check_processes(estimator: Estimator) -> None:
+    processes = estimator.structure.processes
+    for phase in estimator.facts.phases:
+        samples = estimator.facts.samples[phase.name]
+        if samples % (processes * phase.group):
+            raise LowVRAMError(
+                f"the {samples} samples of phase {phase.name} don't divide among {processes} processes in groups of "
+                f"{phase.group}.",
+                f"Use a batch that gives it a multiple of {processes * phase.group}, or fewer processes.",
+            )
 
 
 def _check_block(search: Search, where: Place) -> None:
@@ -154,7 +171,8 @@ class _Author:
             images_per_second=training.images_per_second,
             kimg=self.request.kimg,
             hours=training.hours,
-            kwh=training.kwh,
+            kwh=training.kwh * self.request.structure.processes,
+            processes=self.request.structure.processes,
             host_bytes=self._host_bytes(),
             smallest_card=smallest.name if smallest else None,
             smallest_vram_bytes=min(self.least.needed_bytes, self.chosen.needed_bytes),
@@ -235,8 +253,10 @@ class _Author:
         )
 
     def _host_bytes(self) -> int:
-        """What the policy keeps in the host's memory."""
+        """What the policy keeps in the host's memory, for each process."""
         facts, total = self.estimator.facts, 0
+        if self.policy.fsdp == "offload":  # weights and gradients, and state
+            total += 2 * sum(facts.parameter_bytes.values()) + sum(facts.state_bytes.values())
         for name in facts.optimizers:
             own = self.policy.optimizer(name)
             weights = facts.parameter_bytes[name]
@@ -291,6 +311,11 @@ class _Author:
         constants, card = self.where.constants, self.where.card
         if not card.measured:
             notes.append(f"times are those of the {card.name}'s datasheet, which trainings reach in part: see cost.py")
+        if self.request.structure.processes > 1:
+            notes.append(
+                f"for each of {self.request.structure.processes} cards, that talk by PCI Express; NCCL's "
+                f"{in_gb(NCCL_BYTES)} are a usual figure"
+            )
         if not constants.measurements:
             notes.append("workspaces and context are usual figures; training corrects them for the card it runs on")
         return notes

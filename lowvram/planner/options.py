@@ -14,7 +14,6 @@ from lowvram.memory.policy import MemoryPolicy, OptimizerPolicy
 from lowvram.planner.tracing import Facts, Structure
 from lowvram.settings import nearest
 
-TIERS = (1, 2, 3)
 ROUNDINGS = {  # allow=...: other roundings of the same training, within a stated tolerance
     "adam8bit": "the optimizer's state in 8 bits",
 }
@@ -64,7 +63,7 @@ def options(
     phases = {
         phase.name: tuple(
             (micro, activations, every)
-            for activations, every in _activations(phase, tier, streams, fixed)
+            for activations, every in _activations(phase, tier, structure, fixed)
             for micro in _micro_batches(phase, fixed)
             if not streams or micro < phase.samples_per_process or phase.samples_per_process == phase.group
         )
@@ -95,13 +94,16 @@ def _micro_batches(phase: PhaseFacts, fixed: Fixed) -> list[int]:
     return [n for n in range(samples, 0, -1) if samples % n == 0 and n % phase.group == 0]
 
 
-def _activations(phase: PhaseFacts, tier: int, streams: bool, fixed: Fixed) -> list[tuple[str, int]]:
+def _activations(phase: PhaseFacts, tier: int, structure: Structure, fixed: Fixed) -> list[tuple[str, int]]:
+    streams, sharded = structure.weights == "stream", structure.sharded
     own = fixed.phases.get(phase.name, {})
     every = int(own.get("recompute_every", 1))
     if "activations" in own:
         return [(str(own["activations"]), every)]
     if tier == 1:
         return [("keep", 1)]
+    if sharded:  # gathered weights are freed while a copy of them may be on its way to the host
+        return [("keep", 1)] if phase.second_order or not phase.has_blocks else [("keep", 1), ("recompute", every)]
     if phase.second_order:
         return [("offload", 1)] if streams else [("keep", 1), ("offload", 1)]
     if streams:
@@ -114,7 +116,8 @@ def _optimizers(
 ) -> list[OptimizerPolicy]:
     own = dict(fixed.optimizers.get(name, {}))
     plain = OptimizerPolicy(weights=structure.weights, weights_dtype=structure.weights_dtype, **_plain(structure))
-    kinds = [own["kind"]] if "kind" in own else ["adam", *(["adam8bit"] if "adam8bit" in allow and tier > 1 else [])]
+    narrow = "adam8bit" in allow and tier > 1 and not structure.sharded
+    kinds = [own["kind"]] if "kind" in own else ["adam", *(["adam8bit"] if narrow else [])]
     found = []
     for kind in kinds:
         updates, states = _places(facts, structure, tier, name)
@@ -133,13 +136,16 @@ def _plain(structure: Structure) -> dict[str, str]:
 def _places(facts: Facts, structure: Structure, tier: int, optimizer: str) -> tuple[list[str], list[str]]:
     if structure.weights == "stream":
         return ["deferred"], ["host"]
-    if tier == 1:
+    if tier == 1 or structure.sharded:
         return ["after"], ["device"]
-    return ["after", *(["fused"] if may_fuse(facts, optimizer) else []), "deferred"], ["device", "host"]
+    fused = may_fuse(facts, structure, optimizer)
+    return ["after", *(["fused"] if fused else []), "deferred"], ["device", "host"]
 
 
-def may_fuse(facts: Facts, optimizer: str) -> bool:
+def may_fuse(facts: Facts, structure: Structure, optimizer: str) -> bool:
     """Whether an optimizer's update inside the backward is exact where its phases run whole."""
+    if structure.processes > 1:  # whose gradients are summed after it
+        return False
     mine = [phase for phase in facts.phases if phase.optimizer == optimizer]
     return not any(facts.terms[phase.name] > 1 or facts.clips[phase.name] for phase in mine)
 
@@ -156,6 +162,7 @@ def policy_of(
     return MemoryPolicy(
         precision=structure.precision,
         attention=structure.attention,
+        fsdp=structure.fsdp,
         ema=ema,
         optimizers=optimizers,
         phases={

@@ -85,7 +85,7 @@ def plan_memory(
     where = make.place(None if vram is None else parse_bytes("vram", vram), card)
     named = _named(phases, networks or {}, averages)
     whole = {phase.name: {"micro_batch": phase.samples} for phase in phases} if _uses_batch_norm(named) else {}
-    autocast = _precision(precision, where.card)
+    autocast = autocast_for(precision, where.card)
     said = f"batches are not cut, for batch normalisation would see less of them (allow={BATCH_NORM})"
     request = make.Request(
         build=_builder(phases, example, named, averages, blocks),
@@ -297,7 +297,7 @@ def _check_phases(phases: Sequence[Phase], samples: int) -> None:
             )
 
 
-def _precision(wanted: str, card: Card) -> str:
+def autocast_for(wanted: str, card: Card) -> str:
     if wanted == "auto":
         return "bf16" if card.bf16 else "fp16"
     if wanted not in PRECISIONS:

@@ -42,7 +42,6 @@ class Pieces:
         self._recorded: dict[Job, Recorded] = {}
         self._facts: dict[Structure, Facts] = {}
         self._pool = _pool(build, _safe_processes() if processes is None else processes)
-        self.recordings = 0
 
     def __enter__(self) -> "Pieces":
         return self
@@ -71,7 +70,6 @@ class Pieces:
         missing = [job for job in dict.fromkeys(jobs) if job not in self._recorded]
         for job, recorded in zip(missing, self._run(missing), strict=True):
             self._recorded[job] = recorded
-        self.recordings += len(missing)
 
     def get(self, job: Job) -> Recorded:
         """One piece, as recorded."""
@@ -162,6 +160,7 @@ def _pool(build: Callable[[], Subject], processes: int) -> ProcessPoolExecutor |
 
 def _safe_processes() -> int:
     """Forking a process that uses CUDA breaks it there, and macOS's own libraries don't bear it either."""
-    if not sys.platform.startswith("linux") or torch.cuda.is_initialized() or torch.distributed.is_initialized():
+    talks = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if not sys.platform.startswith("linux") or torch.cuda.is_initialized() or talks:
         return 1
     return min(_MOST_PROCESSES, len(os.sched_getaffinity(0)))

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 
-VERSION = 1  # of plan.json
+VERSION = 2  # of plan.json
 JSON_POINTS = 400
 _MOST_FILE_BYTES = 4 * 2**20
 _MOST_TEXT = 2000
@@ -170,6 +170,7 @@ class Plan:
     kimg: the training's length; hours, kwh: what it takes. host_bytes: RAM that the plan needs. smallest_card: by
     name, None where none of the table is large enough. smallest_vram_bytes: the smallest budget that fits. changes:
     what of the mathematics was given up, empty unless allowed. needs: what would have to change where nothing fits.
+    processes: that train together, each on a card of this kind; bytes are of one of them, speed and energy of all.
     """
 
     recipe: str
@@ -197,6 +198,7 @@ class Plan:
     needs: tuple[str, ...] = ()
     settings: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    processes: int = 1
     timeline: Timeline | None = None
 
     def __post_init__(self) -> None:

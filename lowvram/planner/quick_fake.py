@@ -17,40 +17,22 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_
 
 _CPU = torch.device("cpu")
 _META = torch.device("meta")
+_NEW = frozenset(
+    [
+        "empty_like",
+        "zeros_like",
+        "ones_like",
+        "full_like",
+        "new_empty",
+        "new_zeros",
+        "new_ones",
+        "new_full",
+        "new_empty_strided",
+    ]
+)
 # On FakeTensorMode's list for symbolic sizes or devices alone.
-_PLAIN = frozenset(
-    [
-        "view",
-        "select",
-        "slice",
-        "copy_",
-        "alias",
-        "_unsafe_view",
-        "empty_like",
-        "zeros_like",
-        "ones_like",
-        "full_like",
-        "new_empty",
-        "new_zeros",
-        "new_ones",
-        "new_full",
-        "new_empty_strided",
-    ]
-)
-_MAKES = frozenset(  # take a device, to make their result on
-    [
-        "empty_like",
-        "zeros_like",
-        "ones_like",
-        "full_like",
-        "new_empty",
-        "new_zeros",
-        "new_ones",
-        "new_full",
-        "new_empty_strided",
-        "_to_copy",
-    ]
-)
+_PLAIN = _NEW | {"view", "select", "slice", "copy_", "alias", "_unsafe_view"}
+_MAKES = _NEW | {"_to_copy"}  # take a device, to make their result on
 _NEVER = frozenset(
     [
         "lift",

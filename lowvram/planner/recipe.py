@@ -13,13 +13,14 @@ from lowvram.phase import MicroBatch, Phase
 from lowvram.planner import make
 from lowvram.planner.cards import Card
 from lowvram.planner.options import LOSSES, ROUNDINGS, Fixed, check_allowed
+from lowvram.planner.own import autocast_for
 from lowvram.planner.plan import Plan
 from lowvram.planner.subject import Subject
 from lowvram.planner.tracing import Structure
 from lowvram.settings import Settings, parse_bytes
-from lowvram.tasks import build_task
+from lowvram.tasks import build_task, task_class
 
-_UNPLANNED = ("memory.weights_dtype", "memory.fsdp")
+_UNPLANNED = ("memory.weights_dtype",)
 
 
 def subject_of(settings: Settings) -> Callable[[], Subject]:
@@ -44,7 +45,7 @@ def subject_of(settings: Settings) -> Callable[[], Subject]:
             networks=task.networks,
             micro_batch=micro_batch,
             averages=task.averages,
-            resident=list(task.tensors().values()),
+            resident=task.resident(),
             batch_bytes=whole,
             sample=sample,
             sampling_slice=lambda micro: max(1, micro // 2),
@@ -62,11 +63,16 @@ def seeds(n: int) -> Tensor:
 
 
 def plan_recipe(
-    settings: Settings, *, card: str | Card | None = None, where: make.Place | None = None, allow: Collection[str] = ()
+    settings: Settings,
+    *,
+    card: str | Card | None = None,
+    where: make.Place | None = None,
+    allow: Collection[str] = (),
+    processes: int = 1,
 ) -> Plan:
     """The plan for a recipe within `settings.vram`, on a card (see `make.place`), or in a place that is given whole.
 
-    What is allowed is used only if nothing fits without it.
+    What is allowed is used only if nothing fits without it. processes: that train together, each on such a card.
 
     Raises:
         LowVRAMError: the budget, the card or an allowed change makes no sense.
@@ -74,24 +80,32 @@ def plan_recipe(
     check_allowed(allow)
     if where is None:
         where = make.place(None if settings.vram is None else parse_bytes("vram", settings.vram), card)
-    plan = make.make(_request(settings, ()), where)
+    plan = make.make(_request(settings, (), where.card, processes), where)
     for changed, changes in _changed(settings, allow):
         if plan.fits:
             break
-        plan = make.make(_request(changed, changes), where, allow=allow)
+        plan = make.make(_request(changed, changes, where.card, processes), where, allow=allow)
     return plan
 
 
-def _request(settings: Settings, changes: tuple[str, ...]) -> make.Request:
+def _request(settings: Settings, changes: tuple[str, ...], card: Card, processes: int) -> make.Request:
     names = settings.phase_names()
+    precision = "fp32" if task_class(settings).own_precision else autocast_for(settings.precision, card)
     return make.Request(
         build=subject_of(settings),
         name=settings.recipe,
         batch=settings.batch,
         kimg=settings.kimg,
-        structure=Structure(attention=settings.memory.attention),
+        structure=Structure(
+            attention=settings.memory.attention,
+            precision=precision,
+            fsdp=settings.memory.fsdp,
+            processes=processes,
+        ),
         fixed=fixed_by(settings),
-        plain=with_micro_batches(MemoryPolicy.from_settings(settings, phases=names), settings, names),
+        plain=with_micro_batches(
+            MemoryPolicy.from_settings(settings, phases=names, precision=precision), settings, names
+        ),
         changes=changes,
     )
 

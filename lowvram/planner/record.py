@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from lowvram.memory import host
+from lowvram.memory.fsdp import local
 from lowvram.planner import quick_fake
 from lowvram.planner.log import (
     ACTIVATIONS,
@@ -29,6 +30,7 @@ from lowvram.planner.log import (
     MATMUL,
     MEMORY,
     TEMPORARY,
+    WEIGHTS,
     Work,
 )
 
@@ -89,7 +91,7 @@ class _Tape:
     half: list[bool] = field(default_factory=list)
     host_bytes: float = 0.0
     scaled_host_bytes: float = 0.0
-    own: set[int] = field(default_factory=set)  # storages that are weights, whatever they look like
+    gathered: set[int] = field(default_factory=set)  # storages that hold weights
 
 
 class Recorder(TorchDispatchMode):
@@ -105,9 +107,12 @@ class Recorder(TorchDispatchMode):
         self._names: dict[str, int] = {}
         self._storages = host.StorageTable[tuple[_Tape, int]](self._freed)
         self._paths: dict[nn.Module, str] = {}
+        self._owners: dict[int, str] = {}  # paths of the modules that own parameters, by the parameters' addresses
         self.call_networks(networks)
         self._modules: list[str] = [""]
         self._spans: list[tuple[int, str]] = []  # autograd's nodes from a sequence number on, and their module
+        self._noted = 0  # the sequence number up to which nodes have theirs
+        self._task = (-1, 0)  # a backward that runs, and the depth of modules at its begin
 
     # For callers.
 
@@ -153,6 +158,18 @@ class Recorder(TorchDispatchMode):
             if host.has_storage(tensor) and self._storages.get(tensor) is None:
                 self._storages.set(tensor, (before, 0))
 
+    def resized(self, tensor: Tensor) -> None:
+        """A storage that holds gathered weights was freed, or is there again."""
+        known, size_bytes, tape = self._storages.get(tensor), tensor.untyped_storage().nbytes(), self._tape
+        if known is not None and known[0] is tape:
+            if tape.sizes[known[1]] == size_bytes:
+                return
+            tape.order.append(~known[1])
+        if size_bytes:
+            tape.gathered.add(self._add(tensor, size_bytes, "all_gather"))
+        elif known is not None:
+            self._storages.set(tensor, (_Tape(), 0))
+
     def start(self) -> None:
         """Begin a new piece: what is alive now belongs to none."""
         self._tape = _Tape()
@@ -164,13 +181,7 @@ class Recorder(TorchDispatchMode):
         for name, network in networks.items():
             for path, module in network.named_modules():
                 self._paths[module] = f"{name}.{path}" if path else name
-
-    def call_weights(self, tensors: Iterable[Tensor]) -> None:
-        """Storages of this piece that hold weights."""
-        for tensor in tensors:
-            entry = self._storages.get(tensor)
-            if entry is not None and entry[0] is self._tape:
-                self._tape.own.add(entry[1])
+                self._owners.update((id(p), self._paths[module]) for p in module.parameters(recurse=False))
 
     def cut(self) -> Piece:
         """What was recorded since `start`."""
@@ -189,9 +200,9 @@ class Recorder(TorchDispatchMode):
                 alive.add(storage)
             else:
                 alive.discard(~storage)
+        categories[list(tape.gathered)] = WEIGHTS
         gradients = {storage for _, storage, _ in tape.arrivals}
         categories[list(gradients)] = GRADIENTS
-        categories[list(tape.own)] = 0
         return Piece(
             order=np.array(tape.order, dtype=np.int64),
             sizes=np.array(tape.sizes, dtype=np.float64),
@@ -226,6 +237,7 @@ class Recorder(TorchDispatchMode):
             return False if as_bool else 0.0 if dtype.is_floating_point else 0
         if any(_is_wrapper(t) for t in types):
             return NotImplemented
+        self._note_nodes()
         out = quick_fake.run(self._fakes, func, args, kwargs) if QUICK else NotImplemented
         if out is NotImplemented:
             out = func(*args, **kwargs)
@@ -253,12 +265,16 @@ class Recorder(TorchDispatchMode):
             self._tape.order.append(~known[1])  # resized: another request
         elif host.allocating_on_host() or host.is_host(tensor):
             return
+        self._add(tensor, size_bytes, name)
+
+    def _add(self, tensor: Tensor, size_bytes: int, name: str) -> int:
         tape = self._tape
         index = len(tape.sizes)
         tape.sizes.append(size_bytes)
         tape.makers.append(self._maker(name))
         tape.order.append(index)
         self._storages.set(tensor, (tape, index))
+        return index
 
     def _freed(self, entry: tuple[_Tape, int]) -> None:
         tape, index = entry
@@ -280,6 +296,11 @@ class Recorder(TorchDispatchMode):
             return
         if operands and all(host.is_host(t) for t in operands):
             return  # the host's processor does it
+        if func.namespace in _COLLECTIVES:
+            sizes = [t.nbytes for t in (*operands, *results)]
+            shared, whole = min(sizes, default=0), max(sizes, default=0)
+            tape.host_bytes += whole - shared if whole > shared else 2 * whole  # gathered or scattered; or summed
+            return
         sizes = [t.nbytes for t in (*operands, *results)]
         tape.bytes.append(float(sum(sizes)))
         tape.scaled_bytes.append(float(sum(size for size in sizes if _grows(size))))
@@ -296,38 +317,52 @@ class Recorder(TorchDispatchMode):
     # Names.
 
     def _maker(self, operation: str) -> int:
+        where = self._where()
         if torch._C._current_graph_task_id() != -1:
-            node = torch._C._current_autograd_node()
-            where = f"{self._module_of(node)}, backward" if node is not None else "backward"
-        else:
-            where = self._modules[-1]
+            where = f"{where or 'loss'}, backward"
         return self._names.setdefault(f"{operation} in {where}" if where else operation, len(self._names))
 
+    def _where(self) -> str:
+        """The module at work; in a backward the one whose operation is taken back, or done again."""
+        task = torch._C._current_graph_task_id()
+        if task == -1:
+            return self._modules[-1]
+        if task != self._task[0]:
+            self._task = (task, len(self._modules))
+        if len(self._modules) > self._task[1]:  # recomputed
+            return self._modules[-1]
+        node = torch._C._current_autograd_node()
+        return "" if node is None else self._module_of(node)
+
     def _module_of(self, node: Any) -> str:
+        if hasattr(node, "variable"):  # it adds up a parameter's gradient, and has no number
+            return self._owners.get(id(node.variable), "")
         place = bisect_right(self._spans, node._sequence_nr(), key=lambda span: span[0]) - 1
         return self._spans[place][1] if place >= 0 else ""
 
     def _enter(self, module: nn.Module, _: Any) -> None:
+        self._note_nodes()
         self._modules.append(self._paths.get(module, self._modules[-1]))
-        self._note_span()
 
     def _leave(self, module: nn.Module, _: Any, __: Any) -> None:
+        self._note_nodes()
         if len(self._modules) > 1:
             self._modules.pop()
-        self._note_span()
 
-    def _note_span(self) -> None:
+    def _note_nodes(self) -> None:
+        """Nodes made since the last time are of the module at work: those of a backward, too, for a second one."""
         number = torch.autograd._get_sequence_nr()
-        if self._spans and self._spans[-1][0] >= number:
-            if self._spans[-1][0] == number:
-                self._spans[-1] = (number, self._modules[-1])
-            return  # a recomputation in another thread of autograd counts by itself
-        self._spans.append((number, self._modules[-1]))
+        if number <= self._noted:
+            return  # none, or a recomputation in another thread of autograd, which counts by itself
+        where = self._where()
+        if not self._spans or self._spans[-1][1] != where:
+            self._spans.append((self._noted, where))
+        self._noted = number
 
     def _arrived(self, index: int, param: nn.Parameter) -> None:
         if param.grad is None:
             return
-        entry = self._storages.get(param.grad)
+        entry = self._storages.get(local(param.grad))
         if entry is not None and entry[0] is self._tape:
             self._tape.arrivals.append((len(self._tape.order), entry[1], index))
 
@@ -348,6 +383,7 @@ _READS = (
     torch.ops.aten.item.default,
     torch.ops.aten.is_nonzero.default,
 )
+_COLLECTIVES = ("c10d", "_c10d_functional")  # cards talk by the link that they have to the host
 _FREE = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "detach", "lift_fresh", "set_")
 
 

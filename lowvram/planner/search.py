@@ -8,7 +8,7 @@ look into is looked into only where it could win: see `options`.
 import itertools
 import math
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lowvram.memory.ladder import PhaseFacts
 from lowvram.memory.policy import MemoryPolicy, OptimizerPolicy
@@ -17,7 +17,7 @@ from lowvram.planner.allocator import Replay, replay
 from lowvram.planner.calibration import Constants
 from lowvram.planner.cards import Card
 from lowvram.planner.estimate import Choice, Estimator, choice_of
-from lowvram.planner.log import Requests
+from lowvram.planner.log import ACTIVATIONS, Requests
 from lowvram.planner.options import Fixed, Options, legal, may_fuse, options, policy_of
 from lowvram.planner.pieces import Pieces, large
 from lowvram.planner.tracing import Job, Structure
@@ -89,13 +89,7 @@ class Search:
         self.pieces, self.card, self.constants = pieces, card, constants
         self.fixed, self.allow = fixed or Fixed(), tuple(allow)
         self.resident = Estimator(pieces, structure, card)
-        streamed = Structure(
-            weights="stream",
-            weights_dtype=structure.weights_dtype,
-            precision=structure.precision,
-            attention=structure.attention,
-        )
-        self.streamed = Estimator(pieces, streamed, card)
+        self.streamed = Estimator(pieces, replace(structure, weights="stream", fsdp="none"), card)
         self._frontiers: dict[int, list[Candidate]] = {}
         self._weighed: dict[MemoryPolicy, Weighed] = {}
 
@@ -104,9 +98,7 @@ class Search:
         best: Weighed | None = None
         for tier in self._tiers():
             best = self._best(tier, vram_bytes)
-            if best is not None and (
-                tier == 3 or slowness(self._lower_bound(tier, best)) >= slowness(best.candidate.seconds)
-            ):
+            if best is not None and self._is_final(tier, best):
                 break
         last = max(self._frontiers)
         return self._found(best, self._frontiers[last], vram_bytes)
@@ -151,6 +143,8 @@ class Search:
         if self.fixed.weights != "stream":
             yield 1
             yield 2
+        if self.resident.structure.sharded:  # which does what streaming would
+            return
         if self.fixed.weights != "device" and all(p.has_blocks for p in self.resident.facts.phases):
             yield 3
 
@@ -204,7 +198,8 @@ class Search:
             return otherwise
         moved = min([*facts.parameter_bytes.values(), *([facts.average_bytes] if facts.average_bytes else [])])
         transfer = moved / (self.card.pcie_bytes_per_second * estimator.rates.pcie)
-        if any(may_fuse(facts, name) for name in facts.optimizers):  # which frees the gradients, and moves nothing
+        # A fused update frees the gradients, and moves nothing.
+        if any(may_fuse(facts, estimator.structure, name) for name in facts.optimizers):
             transfer = 0.0
         return min(otherwise, best.candidate.seconds - gain + transfer)
 
@@ -212,7 +207,7 @@ class Search:
         if not phase.second_order and phase.has_blocks:
             return seconds * _RECOMPUTED
         piece = estimator.recorded(phase, whole).piece
-        held = float(piece.sizes[piece.categories == 4].sum())
+        held = float(piece.sizes[piece.categories == ACTIVATIONS].sum())
         pcie = 2 * _OFFLOADED * held / (self.card.pcie_bytes_per_second * estimator.rates.pcie)
         return seconds + max(0.0, pcie - estimator.rates.overlap * seconds)
 

@@ -1,5 +1,6 @@
 """What is planned for: phases, averages and a sampler, made anew on fake tensors."""
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -47,6 +48,9 @@ class Subject:
 def fake_card(mode: FakeTensorMode | None = None) -> Iterator[FakeTensorMode]:
     """Within, tensors on the CPU are fake and stand for a card's. mode: of fakes from before, to go on with them."""
     with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        # Of networks that copy themselves as they are made; nothing is read from what is copied here.
+        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
         stack.enter_context(standin.cuda())
         stack.enter_context(cuda_autocast_on_cpu())
         stack.enter_context(mock.patch.object(nn.Module, "to", _to))

@@ -43,7 +43,8 @@ def headline(plan: Plan) -> str:
 def title(plan: Plan) -> str:
     """Whether it fits: "faces256 fits vram=6GB on an RTX 2060"."""
     card = ascii_only(plan.card)
-    where = f"on {_article(card)} {card}" if card else ""
+    each = f"each of {plan.processes}" if plan.processes > 1 else _article(card)
+    where = f"on {each} {card}" if card else ""
     if plan.vram_bytes is None:
         verb = "without a budget" if plan.fits else "does not fit"
     else:

@@ -5,7 +5,7 @@ A whole step under any policy is put together from them (`compose`).
 
 import gc
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest import mock
@@ -18,10 +18,12 @@ from torch.utils._pytree import tree_leaves
 
 from lowvram.memory import host
 from lowvram.memory.apply import Applied
+from lowvram.memory.fsdp import local
 from lowvram.memory.ladder import PhaseFacts
 from lowvram.memory.policy import BITSANDBYTES, MemoryPolicy, OptimizerPolicy
 from lowvram.memory.update import Updater
 from lowvram.phase import Phase
+from lowvram.planner import pretended
 from lowvram.planner.log import AVERAGE, OPTIMIZER, TEMPORARY, WEIGHTS
 from lowvram.planner.record import Piece, Recorder, rounded
 from lowvram.planner.subject import Subject, fake_card
@@ -31,16 +33,19 @@ from lowvram.planner.subject import Subject, fake_card
 class Structure:
     """What of a policy changes the operations of a phase, beside its activations.
 
-    weights: of all optimizers, on the device or streamed. weights_dtype, precision, attention: as in MemoryPolicy.
+    weights: of all optimizers, on the device or streamed. weights_dtype, precision, attention, fsdp: as in
+    MemoryPolicy. processes: that share each step, a card for each; a plan is for one of them.
     """
 
     weights: str = "device"
     weights_dtype: str = "fp32"
     precision: str = "fp32"
     attention: str = "sdpa"
+    fsdp: str = "none"
+    processes: int = 1
 
     @classmethod
-    def of(cls, policy: MemoryPolicy) -> "Structure":
+    def of(cls, policy: MemoryPolicy, *, processes: int = 1) -> "Structure":
         """The structure of a policy whose optimizers agree in it."""
         one = next(iter(policy.optimizers.values()), OptimizerPolicy())
         return cls(
@@ -48,7 +53,14 @@ class Structure:
             weights_dtype=one.weights_dtype,
             precision=policy.precision,
             attention=policy.attention,
+            fsdp=policy.fsdp,
+            processes=processes,
         )
+
+    @property
+    def sharded(self) -> bool:
+        """Whether weights, gradients and state are spread over the processes."""
+        return self.fsdp != "none"
 
     def policy(self, optimizers: Sequence[str]) -> MemoryPolicy:
         """The policy under which pieces are recorded."""
@@ -57,7 +69,10 @@ class Structure:
             weights=self.weights, weights_dtype=self.weights_dtype, update="deferred" if streams else "after"
         )
         return MemoryPolicy(
-            precision=self.precision, attention=self.attention, optimizers=dict.fromkeys(optimizers, own)
+            precision=self.precision,
+            attention=self.attention,
+            fsdp=self.fsdp,
+            optimizers=dict.fromkeys(optimizers, own),
         )
 
 
@@ -66,7 +81,7 @@ class Job:
     """One piece to record: `what` is "phase", "update", "average" or "sample".
 
     name: of the phase or the optimizer. samples: in the micro-batch or the slice. runs: micro-batches one after the
-    other, with streamed weights.
+    other, with streamed or sharded weights.
     """
 
     structure: Structure
@@ -107,11 +122,13 @@ class Recorded:
 class Facts:
     """What planning needs to know of a subject.
 
-    phases: in the order of a step, with `every`, `terms` and `clips` beside the ladder's facts.
+    phases: in the order of a step, with `samples` of all processes, `every`, `terms` and `clips` beside the ladder's
+    facts.
     parameter_bytes, state_bytes: of each optimizer. largest_block_bytes: its weights.
     """
 
     phases: tuple[PhaseFacts, ...]
+    samples: dict[str, int]
     every: dict[str, int]
     terms: dict[str, int]
     clips: dict[str, bool]
@@ -142,10 +159,13 @@ class Tracer:
             own_precision=subject.own_precision,
             zero_nonfinite=subject.zero_nonfinite,
             blocks=subject.blocks,
+            world_size=structure.processes,
+            sum_over_processes=pretended.summed,
         )
 
+        recorder.call_networks(subject.networks)  # sharded parameters are new ones
         for network in subject.networks.values():
-            recorder.know((*network.parameters(), *network.buffers()))
+            recorder.know(local(tensor) for tensor in (*network.parameters(), *network.buffers()))
         recorder.know(subject.resident)
 
     @contextmanager
@@ -154,7 +174,7 @@ class Tracer:
         collects = gc.isenabled()
         gc.disable()  # what is alive must not depend on when it runs
         try:
-            with fake_card(self._fakes), self.recorder.recording():
+            with fake_card(self._fakes), _processes(self.structure, self.recorder), self.recorder.recording():
                 yield
         finally:
             if collects:
@@ -177,19 +197,20 @@ class Tracer:
         for network in subject.networks.values():
             kind = AVERAGE if id(network) in averaged else WEIGHTS
             for tensor in (*network.parameters(), *network.buffers()):
-                sizes += _sizes([tensor], kind, seen)
+                sizes += _sizes([local(tensor)], kind, seen)
             # A redone step starts from a copy of the buffers (memory.recovery.Snapshot).
             sizes += [(TEMPORARY, b.untyped_storage().nbytes()) for b in network.buffers()]
         sizes += _sizes(subject.resident, TEMPORARY, seen)
         if subject.batch_bytes:
-            sizes.append((TEMPORARY, subject.batch_bytes))
+            sizes.append((TEMPORARY, subject.batch_bytes // self.structure.processes))
         average_bytes = sum(size for kind, size in sizes if kind == AVERAGE)
         by_optimizer: dict[str, dict[int, int]] = {}
         for phase in subject.phases:
             own = by_optimizer.setdefault(applied.optimizer_names[phase.name], {})
-            own.update({id(p): p.numel() * p.element_size() for p in phase.parameters()})
+            own.update({id(p): local(p).untyped_storage().nbytes() for p in phase.parameters()})
         return Facts(
             phases=tuple(applied.facts(phase) for phase in subject.phases),
+            samples={phase.name: phase.samples for phase in subject.phases},
             every={phase.name: phase.every for phase in subject.phases},
             terms={phase.name: phase.terms for phase in subject.phases},
             clips={phase.name: phase.clip_norm is not None for phase in subject.phases},
@@ -212,13 +233,13 @@ class Tracer:
                 job.name, activations=job.activations, recompute_every=job.recompute_every, micro_batch=None
             )
         )
-        streams = self.structure.weights == "stream"
+        streams, sharded = self.structure.weights == "stream", self.structure.sharded
         updater = self.applied.updater(phase)
-        if streams:  # once before, so that what a first run makes is there
+        if streams or sharded:  # once before, so that what a first run makes is there
             self._run(phase, replace(job, runs=1))
-            updater.finish(torch.zeros([]), None)
+            updater.finish(torch.zeros([]), None) if streams else updater.discard()
         self.recorder.start()
-        with self._marked(updater), self.recorder.collecting(phase.parameters()):
+        with self._marked(updater), self._collecting(phase):
             self._run(phase, job)
         if streams:
             updater.finish(torch.zeros([]), None)
@@ -239,6 +260,14 @@ class Tracer:
             self.applied.accumulate(phase, micro_batches())
 
     @contextmanager
+    def _collecting(self, phase: Phase) -> Iterator[None]:
+        """Note gradients as they are complete, and send those of offloaded shards to the host."""
+        offload = self.structure.fsdp == "offload"
+        moving = pretended.gradients_to_the_host(phase.parameters()) if offload else nullcontext()
+        with moving, self.recorder.collecting(phase.parameters()):
+            yield
+
+    @contextmanager
     def _marked(self, updater: Any) -> Iterator[None]:
         backward = updater.backward
 
@@ -253,9 +282,13 @@ class Tracer:
         own = self.applied.updaters[job.name]
         streams = [(s, s.on_load) for s in {b.stream for b in own.buckets.values()} if s is not None]
         updater = self.applied.another_updater(job.name, job.optimizer)
-        # Optimizers that are not known make their state in the first step, and 8 bits what they stand for.
-        if not _state_of(updater) or job.optimizer.kind in BITSANDBYTES:
-            self._update_once(updater)
+        if self.structure.fsdp == "offload":  # the host's, as the step is
+            self.recorder.start()
+            return Recorded(piece=self.recorder.cut())
+        # Optimizers that are not known make their state in the first step, and 8 bits what they stand for. Of sharded
+        # tensors torch works out the shapes of each operation once, on whole ones.
+        if not _state_of(updater) or job.optimizer.kind in BITSANDBYTES or self.structure.sharded:
+            self._update_once(updater, 1.0 if self._clips(job.name) else None)
         residents = Residents(sizes=tuple(_sizes(_state_of(updater), OPTIMIZER, set())))
         params = updater.params
         step_sizes = []
@@ -283,13 +316,13 @@ class Tracer:
         return Recorded(piece=piece, residents=residents, step_sizes=tuple(step_sizes))
 
     @staticmethod
-    def _update_once(updater: Updater) -> None:
+    def _update_once(updater: Updater, clip_norm: float | None) -> None:
         with updater.collecting():
             for param in updater.params:
                 param.grad = torch.empty_like(param)
                 if updater.policy.update != "after":
                     updater.take_gradient(param)
-        updater.finish(torch.zeros([]), None)
+        updater.finish(torch.zeros([]), clip_norm)
         updater.flush()
 
     def _clips(self, optimizer: str) -> bool:
@@ -300,9 +333,10 @@ class Tracer:
         )
 
     def _average(self, job: Job) -> Recorded:
-        self.recorder.start()
-        for average in self.subject.averages:
-            average.update(100_000, 1)
+        for _ in range(2 if self.structure.sharded else 1):  # as of an update
+            self.recorder.start()
+            for average in self.subject.averages:
+                average.update(100_000, 1)
         return Recorded(piece=self.recorder.cut())
 
     def _sample(self, job: Job) -> Recorded:
@@ -317,7 +351,7 @@ def _state_of(updater: Updater) -> list[Tensor]:
     values = tree_leaves([list(state.values()) for part in parts for state in part.optimizer.state.values()])
     for part in parts:  # what 8 bits stand for
         values += getattr(part.optimizer, "_codes", {}).values()
-    return [value for value in values if isinstance(value, Tensor)]
+    return [local(value) for value in values if isinstance(value, Tensor)]
 
 
 def _state_bytes(updater: Updater) -> int:
@@ -346,10 +380,25 @@ def _peak(piece: Piece) -> int:
 @contextmanager
 def tracer(build: Callable[[], Subject], structure: Structure) -> Iterator[Tracer]:
     """A subject built on fake tensors, and what records its pieces. Only within `Tracer.active` are tensors fake."""
-    with fake_card() as fakes:
-        subject = build()
-        made = Tracer(subject, structure, Recorder(subject.networks, fakes), fakes)
-    try:
-        yield made
-    finally:
-        subject.restore()
+    with pretended.process_group(structure.processes) if structure.sharded else nullcontext():
+        with fake_card() as fakes:
+            subject = build()
+            recorder = Recorder({}, fakes)
+            with _processes(structure, recorder):
+                made = Tracer(subject, structure, recorder, fakes)
+        try:
+            yield made
+        finally:
+            subject.restore()
+
+
+@contextmanager
+def _processes(structure: Structure, recorder: Recorder) -> Iterator[None]:
+    """Within, one process does as each of several would."""
+    with ExitStack() as stack:
+        if structure.processes > 1:
+            stack.enter_context(pretended.summing())
+        if structure.sharded:
+            offload = structure.fsdp == "offload"
+            stack.enter_context(pretended.sharding(offload=offload, resized=recorder.resized))
+        yield

@@ -2,8 +2,11 @@
 
 import gc
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, nullcontext
 from typing import Any
+from unittest import mock
 
+import numpy as np
 import torch
 from small_unet import noise_phase, unet
 from torch import Tensor, nn
@@ -19,6 +22,7 @@ from lowvram.memory.tracer import LiveBytes
 from lowvram.phase import MicroBatch, Phase
 from lowvram.planner import quick_fake
 from lowvram.planner.recipe import seeds, subject_of
+from lowvram.planner.record import Piece
 from lowvram.planner.subject import Subject, fake_card, to_fake_host
 from lowvram.settings import Settings
 
@@ -227,3 +231,21 @@ def _parts(
         first = made.phases[0]
         slice_ = made.sampling_slice(min(first.micro_batch or first.samples, first.samples))
         yield "sampling", lambda: made.sample(slice_)
+
+
+# Against the CPU's allocator.
+
+
+def as_on_a_cpu() -> ExitStack:
+    """A CPU's memory formats and random numbers in a trace as well; random states, which are the host's, left out."""
+    stack = ExitStack()
+    stack.enter_context(mock.patch("lowvram.standin.cuda", nullcontext))
+    stack.enter_context(mock.patch("torch.get_rng_state", lambda: torch.empty(0)))
+    stack.enter_context(mock.patch("torch.set_rng_state", lambda state: None))
+    return stack
+
+
+def unrounded_peak(piece: Piece) -> int:
+    """The peak of a piece, sizes not rounded."""
+    storages = np.where(piece.order >= 0, piece.order, ~piece.order)
+    return int(np.cumsum(np.where(piece.order >= 0, 1, -1) * piece.sizes[storages]).max())

@@ -7,15 +7,22 @@ The allocator is the CPU's: phases of real networks are run with real numbers, a
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
-from unittest import mock
 
-import numpy as np
 import pytest
 import torch
 from allocated import Peaks, peaks_of
-from planned import Builder, Transformer, classifier, resnet, small_unet, stylegan2, subject
+from planned import (
+    Builder,
+    Transformer,
+    as_on_a_cpu,
+    classifier,
+    resnet,
+    small_unet,
+    stylegan2,
+    subject,
+    unrounded_peak,
+)
 from torch import Tensor, nn
 
 from lowvram.memory.apply import Applied
@@ -26,7 +33,6 @@ from lowvram.planner.compose import highest
 from lowvram.planner.estimate import Estimator
 from lowvram.planner.log import ACTIVATIONS, GRADIENTS, GRAIN_BYTES, OPTIMIZER, WEIGHTS
 from lowvram.planner.pieces import Pieces
-from lowvram.planner.record import Piece
 from lowvram.planner.subject import Subject
 from lowvram.planner.tracing import Job, Structure
 
@@ -326,7 +332,7 @@ LONG = ("StyleGAN2, augmented", "StyleGAN2, recomputed", "UNet, recomputed")
 def test_the_allocator_gives_what_was_traced(name: str) -> None:
     """All that outlives a kernel is in the trace, to the byte; workspaces within kernels are beside it, and few."""
     build, activations = REAL[name]
-    with _as_on_a_cpu():
+    with as_on_a_cpu():
         measured, traced = _measured(build, activations), _traced(build, activations)
     assert measured.keys() == traced.keys()
     for phase, (real, update) in measured.items():
@@ -334,15 +340,6 @@ def test_the_allocator_gives_what_was_traced(name: str) -> None:
         assert 0 <= real.outliving_bytes - piece_bytes <= SMALL_BYTES + MEAN_BYTES.get(name, 0), phase
         assert piece_bytes <= real.all_bytes <= piece_bytes * (1 + WORKSPACE), phase
         assert abs(update.all_bytes - update_bytes) <= SMALL_BYTES, phase
-
-
-def _as_on_a_cpu() -> ExitStack:
-    """A CPU's memory formats and random numbers in a trace as well; random states, which are the host's, left out."""
-    stack = ExitStack()
-    stack.enter_context(mock.patch("lowvram.standin.cuda", nullcontext))
-    stack.enter_context(mock.patch("torch.get_rng_state", lambda: torch.empty(0)))
-    stack.enter_context(mock.patch("torch.set_rng_state", lambda state: None))
-    return stack
 
 
 def _measured(build: Builder, activations: str) -> dict[str, tuple[Peaks, Peaks]]:
@@ -382,15 +379,9 @@ def _traced(build: Builder, activations: str) -> dict[str, tuple[int, int]]:
                 activations=kind,
             )
             update = Job(structure=structure, what="update", name=phase.optimizer)
-            found[phase.name] = _peak(pieces.get(job).piece), _peak(pieces.get(update).piece)
+            found[phase.name] = unrounded_peak(pieces.get(job).piece), unrounded_peak(pieces.get(update).piece)
     return found
 
 
 def _kind(activations: str, second_order: bool) -> str:
     return "keep" if second_order else activations
-
-
-def _peak(piece: Piece) -> int:
-    """Not rounded."""
-    storages = np.where(piece.order >= 0, piece.order, ~piece.order)
-    return int(np.cumsum(np.where(piece.order >= 0, 1, -1) * piece.sizes[storages]).max())

@@ -7,13 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from plans import GIB, a_phase, a_plan
 
-from lowvram.memory.policy import MemoryPolicy
 from lowvram.planner import picture
 from lowvram.planner.log import CATEGORIES
-from lowvram.planner.plan import PhasePlan, Plan, Timeline
+from lowvram.planner.plan import Plan, Timeline
 
-GIB = 2**30
 LEFT, TOP, RIGHT, BOTTOM = picture.PLOT
 SHARES = {"weights": 1.0, "gradients": 0.5, "optimizer": 0.75, "average": 0.25, "activations": 1.5, "temporary": 0.5}
 
@@ -21,45 +20,22 @@ SHARES = {"weights": 1.0, "gradients": 0.5, "optimizer": 0.75, "average": 0.25, 
 def make_plan(**changes: Any) -> Plan:
     """Two phases; the second has 4.5 GiB alive all through, the first half of that."""
     high = np.array([SHARES[name] * GIB for name in CATEGORIES], np.int64)
-    phases = tuple(
-        PhasePlan(
-            name=name,
-            samples=64,
-            every=1,
-            micro_batch=8,
-            activations="keep",
-            live_bytes=int(part * 4.5 * GIB),
+    phases = (
+        a_phase(
+            name,
+            int(part * 4.5 * GIB),
             reserved_bytes=5 * GIB,
             by_category={category: int(part * share * GIB) for category, share in SHARES.items()},
-            peak_op="aten.mm",
-            peak_module="b8",
-            seconds=1.0,
-            flops=1.0,
-            host_bytes=0.0,
         )
         for name, part in (("G", 0.5), ("D", 1.0))
     )
-    whole = Plan(
-        recipe="faces256",
-        card="RTX 2060",
-        card_measured=False,
-        vram_bytes=6 * GIB,
-        fits=True,
-        policy=MemoryPolicy(),
-        phases=phases,
+    whole = a_plan(
+        *phases,
         live_bytes=int(4.5 * GIB),
         reserved_bytes=5 * GIB,
-        workspace_bytes=GIB // 16,
         context_bytes=GIB // 2,
         margin_bytes=GIB // 16,
-        device_bytes=5 * GIB + 9 * GIB // 16,
-        images_per_second=12.3,
-        kimg=25000.0,
-        hours=564.0,
-        kwh=58.0,
-        host_bytes=0,
         smallest_card=None,
-        smallest_vram_bytes=6 * GIB,
         timeline=Timeline(
             marks=(("G", 0, 100), ("D", 100, 200)),
             bytes=np.concatenate([np.tile(high[:, None] // 2, 100), np.tile(high[:, None], 100)], axis=1),

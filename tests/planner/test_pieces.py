@@ -95,6 +95,26 @@ def test_all_of_faces32_is_recorded_quickly_and_the_same() -> None:
     both_ways(stylegan2(), jobs)
 
 
+# Whose work it is.
+
+
+@pytest.mark.parametrize(("name", "network"), [("D", "D"), ("path_length", "G"), ("R1", "D")])
+def test_a_backward_is_put_down_to_the_modules_of_its_forward(name: str, network: str) -> None:
+    """That of a second derivative too, whose nodes the first backward made; and no module is empty."""
+    with recorded(GAN) as pieces:
+        piece = pieces.get(Job(structure=Structure(), what="phase", name=name, samples=8)).piece
+    backward = {n: maker.partition(" in ")[2] for n, maker in enumerate(piece.names) if maker.endswith(", backward")}
+    size_bytes = dict.fromkeys(backward.values(), 0.0)
+    for size, maker in zip(piece.sizes, piece.makers, strict=True):
+        if maker in backward:
+            size_bytes[backward[maker]] += size
+    assert all(place.split(", ")[0] for place in size_bytes)
+    blocks = {place.split(".b")[1].split(".")[0].split(",")[0] for place in size_bytes if ".b" in place}
+    assert blocks == {"16", "8", "4"}
+    mine = sum(size for place, size in size_bytes.items() if place.startswith(f"{network}."))
+    assert mine > 0.97 * sum(size_bytes.values())  # the rest is the loss's own arithmetic
+
+
 # At any batch.
 
 
@@ -106,7 +126,7 @@ def every_batch(build: Builder, structure: Structure, name: str, group: int, bat
                 assert n >= max(8, 2 * group)
                 job = Job(structure=structure, what="phase", name=name, samples=n, activations=activations)
                 assert_same(pieces.like(job, group).piece, pieces.get(job).piece)
-        assert pieces.recordings == (len(batches) + 1) * (1 if name in SECOND_ORDER else 2)
+        assert len(pieces._recorded) == (len(batches) + 1) * (1 if name in SECOND_ORDER else 2)
 
 
 @pytest.mark.parametrize("name", ["G", "path_length", "D", "R1"])

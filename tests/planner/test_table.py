@@ -5,64 +5,43 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from plans import GIB, a_phase, a_plan
 
-from lowvram.memory.policy import MemoryPolicy
 from lowvram.planner import table
 from lowvram.planner.log import CATEGORIES
 from lowvram.planner.plan import Alternative, PhasePlan, Plan
-
-GIB = 2**30
 
 
 def make_phase(name: str, live_gib: float, *, every: int, activations: str = "keep") -> PhasePlan:
     parts = dict(zip(CATEGORIES, (0.25, 0.125, 0.5, 0.125), strict=False))
     parts["activations"] = live_gib - sum(parts.values())
-    return PhasePlan(
-        name=name,
-        samples=64,
+    return a_phase(
+        name,
+        int(live_gib * GIB),
         every=every,
-        micro_batch=8,
         activations=activations,
-        live_bytes=int(live_gib * GIB),
         reserved_bytes=int((live_gib + 0.25) * GIB),
         by_category={category: int(gib * GIB) for category, gib in parts.items()},
         peak_op=f"aten.op_of_{name}",
         peak_module=f"{name}.b256",
         seconds=0.125 * live_gib,
-        flops=1e12,
-        host_bytes=0.0,
     )
 
 
 def make_plan(**changes: Any) -> Plan:
     average = replace(make_phase("average", 1.0, every=1), samples=0, micro_batch=0, activations="")
-    whole = Plan(
-        recipe="faces256",
-        card="RTX 2060",
-        card_measured=False,
-        vram_bytes=6 * GIB,
-        fits=True,
-        policy=MemoryPolicy(),
-        phases=(
-            make_phase("G", 3.0, every=1, activations="recompute"),
-            make_phase("path_length", 3.5, every=4, activations="offload"),
-            make_phase("D", 2.0, every=1),
-            make_phase("R1", 4.0, every=16),
-            average,
-            replace(make_phase("sampling", 1.5, every=0), samples=16),
-        ),
+    whole = a_plan(
+        make_phase("G", 3.0, every=1, activations="recompute"),
+        make_phase("path_length", 3.5, every=4, activations="offload"),
+        make_phase("D", 2.0, every=1),
+        make_phase("R1", 4.0, every=16),
+        average,
+        replace(make_phase("sampling", 1.5, every=0), samples=16),
         live_bytes=4 * GIB,
         reserved_bytes=int(4.25 * GIB),
-        workspace_bytes=int(0.0625 * GIB),
-        context_bytes=int(0.375 * GIB),
-        margin_bytes=int(0.25 * GIB),
-        device_bytes=int(4.6875 * GIB),
-        images_per_second=12.34,
-        kimg=25000.0,
-        hours=564.0,
+        margin_bytes=GIB // 4,
         kwh=58.2,
         host_bytes=int(1.5 * GIB),
-        smallest_card="RTX 2060",
         smallest_vram_bytes=int(3.501 * GIB),
         alternatives=(
             Alternative(
