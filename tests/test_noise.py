@@ -147,6 +147,7 @@ def test_times_to_sample_at_begin_at_the_last_level_and_fall(kind):
             times = schedule.times(steps, kind)
             assert times.shape == (steps,) and bool((times.diff() < 0).all())
             assert float(times[0]) == (1000 if schedule.predictions == ("flow",) else 999)
+    assert torch.equal(Schedule.discrete().times(30, kind), Schedule.discrete().times(30, kind).round())
     assert Schedule.discrete().times(4, "trailing").tolist() == [999, 749, 499, 249]
     assert Schedule.discrete().times(4, "uniform").tolist() == [999, 666, 333, 0]
 

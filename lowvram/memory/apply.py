@@ -181,7 +181,6 @@ class Applied:
                 return self.accumulate(phase, phase.cut(batch, number=number, seed=self.seed, device=self.device))
 
         loss, means = self._rescue.redo(phase, gradients)
-        self._follow_learning_rate(self.updater(phase))
         outcome: Outcome = self._rescue.resume(phase, lambda: self.update(phase, loss))
         if not outcome.finite:
             raise LowVRAMError(
@@ -334,13 +333,6 @@ class Applied:
             sharded=self.policy.fsdp != "none",
             sum_over_processes=self._sum,
         )
-
-    @staticmethod
-    def _follow_learning_rate(updater: Updater) -> None:
-        (theirs,) = updater.like.param_groups
-        for bucket in updater.buckets.values():
-            for part in bucket.parts:
-                part.optimizer.param_groups[0]["lr"] = theirs["lr"]
 
     def _place_averages(self) -> None:
         for average in self.averages:

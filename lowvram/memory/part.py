@@ -52,14 +52,16 @@ class Part:
         self._download()
 
     @torch.no_grad()
-    def step(self, grads: Sequence[Tensor | None], factor: float, *, seed: int, count: int) -> None:
+    def step(self, grads: Sequence[Tensor | None], factor: float, *, lr: float, seed: int, count: int) -> None:
         """Change the parameters, which are on the device, by factor * gradient; gradients may lie on the host.
 
+        lr: the step size, which a schedule may change from one step to the next.
         seed, count: root of the rounding's random numbers, and the number of updates before this one.
         """
         theirs = [shell.grad for shell in self.shells]
         try:
             if not self._stepped:  # else a call that something interrupted after the step goes on
+                self.optimizer.param_groups[0]["lr"] = lr
                 for shell, param, grad in zip(self.shells, self.params, grads, strict=True):
                     if self.narrow:
                         shell.data = param.detach().float()

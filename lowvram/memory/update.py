@@ -60,6 +60,7 @@ class Pending:
     factor: float
     count: int
     params: frozenset[nn.Parameter]
+    lr: float
     left: dict[str, Bucket]
     done: set[Part] = field(default_factory=set)
 
@@ -165,7 +166,7 @@ class Updater:
         self._clean(grad)
         self._norms[param] = _norm(grad)
         self._stepped_inside = True
-        self._part_of[param].step([grad], 1.0, seed=self.seed, count=self.count)
+        self._part_of[param].step([grad], 1.0, lr=self._lr(), seed=self.seed, count=self.count)
         bucket = self._bucket_of[param]
         if bucket.stream is not None:
             bucket.stream.mark_changed(bucket.name)
@@ -239,7 +240,13 @@ class Updater:
         return Outcome(loss=loss_value, norm=norm_value, applied=True, finite=True)
 
     def _plan(self, factor: float, params: frozenset[nn.Parameter]) -> None:
-        self._pending = Pending(factor=factor, count=self.count, params=params, left=dict(self.buckets))
+        self._pending = Pending(factor=factor, count=self.count, params=params, lr=self._lr(), left=dict(self.buckets))
+
+    def _lr(self) -> float:
+        """Of the task's own optimizer now, so that schedules work."""
+        (group,) = self.like.param_groups
+        lr: float = group["lr"]
+        return lr
 
     def flush(self) -> None:
         """Apply what is pending, and bring everything that is kept on the host up to date there."""
@@ -284,7 +291,7 @@ class Updater:
         for part in bucket.parts:
             if part not in pending.done:
                 given = [grads[p] if p in pending.params else None for p in part.params]
-                part.step(given, pending.factor, seed=self.seed, count=pending.count)
+                part.step(given, pending.factor, lr=pending.lr, seed=self.seed, count=pending.count)
                 pending.done.add(part)
         for param in bucket.params:
             param.grad = None

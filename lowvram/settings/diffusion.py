@@ -9,6 +9,7 @@ from lowvram.settings.common import AdamSettings, AverageSettings, check_widths
 
 NETWORKS = ("unet", "dit")
 CONDITIONS = ("none", "class", "text")
+DIT_SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16)}  # dim, depth, heads
 PREDICTIONS = ("eps", "v", "x0", "flow")
 SCHEDULES = ("scaled_linear", "linear", "cosine", "flow")
 SAMPLERS = ("euler", "heun", "dpmpp_2m", "ddim", "euler_ancestral")
@@ -47,12 +48,16 @@ class UNetSettings:
 class DiTSettings:
     """The shape of the transformer."""
 
+    size: str | None
     patch: int
     dim: int
     depth: int
     heads: int
 
     def __post_init__(self) -> None:
+        if self.size is not None:
+            one_of("dit.size", self.size, tuple(DIT_SIZES))
+            self.dim, self.depth, self.heads = DIT_SIZES[self.size]
         for name in ("patch", "dim", "depth", "heads"):
             at_least(f"dit.{name}", getattr(self, name), 1)
         if self.dim % (4 * self.heads):

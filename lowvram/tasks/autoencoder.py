@@ -23,6 +23,8 @@ from lowvram.tasks.warmup import Warmup
 
 TILE_PIXELS = 512  # images above this size are encoded and decoded in tiles, so that they don't set the peak
 
+_FIRST_LOG_VARIANCE = -6.0
+
 
 class AutoencoderTask(Task):
     """Networks `autoencoder`, `autoencoder_ema` and, with an adversarial loss, `discriminator`."""
@@ -39,6 +41,7 @@ class AutoencoderTask(Task):
     def prepare_training(self) -> None:
         settings, loss = self.settings, self.settings.loss
         self.autoencoder = self._autoencoder().requires_grad_(False)
+        _quieten(self.autoencoder)
         self.average.load_state_dict(self.autoencoder.state_dict())
         self.perceptual = self._perceptual_loss()
         self.networks["autoencoder"] = self.autoencoder
@@ -89,12 +92,12 @@ class AutoencoderTask(Task):
     def _autoencoder_loss(self, micro: MicroBatch) -> Tensor:
         """L1 and perceptual distance, KL, and what the discriminator finds (arXiv 2112.10752, equation 25)."""
         loss, images = self.settings.loss, to_range(micro.images)
-        rebuilt, moments = self.autoencoder(images, self._noise(micro))
+        rebuilt, moments = self._rebuilt(images, micro)
         total = reconstruction.l1(rebuilt, images) + self._kl_weight * reconstruction.kl(moments)
         if self.perceptual is not None:
             total = total + loss.perceptual_weight * self.perceptual(rebuilt, images)
         if self._adversarial():
-            logits = self.discriminator(rebuilt)
+            logits = self._judged(rebuilt)
             total = total + loss.adversarial_weight * reconstruction.generator_hinge_loss(logits)
         return total.mean()
 
@@ -102,10 +105,21 @@ class AutoencoderTask(Task):
         """Hinge loss on reconstructions, then on images: two graphs, of which one is in memory at a time."""
         images = to_range(micro.images)
         with torch.no_grad():
-            rebuilt, _ = self.autoencoder(images, self._noise(micro))
-        yield reconstruction.discriminator_hinge_fake_loss(self.discriminator(rebuilt)).mean()
+            rebuilt, _ = self._rebuilt(images, micro)
+        yield reconstruction.discriminator_hinge_fake_loss(self._judged(rebuilt)).mean()
         del rebuilt
-        yield reconstruction.discriminator_hinge_real_loss(self.discriminator(images)).mean()
+        yield reconstruction.discriminator_hinge_real_loss(self._judged(images)).mean()
+
+    # Networks get what they are held in (memory.weights_dtype); losses are of float32.
+
+    def _rebuilt(self, images: Tensor, micro: MicroBatch) -> tuple[Tensor, Tensor]:
+        dtype = next(self.autoencoder.parameters()).dtype
+        rebuilt, moments = self.autoencoder(images.to(dtype), self._noise(micro).to(dtype))
+        return rebuilt.float(), moments.float()
+
+    def _judged(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.discriminator(images.to(next(self.discriminator.parameters()).dtype))
+        return logits.float()
 
     def _noise(self, micro: MicroBatch) -> Tensor:
         side = self.settings.resolution // self.settings.factor
@@ -193,6 +207,15 @@ class AutoencoderTask(Task):
             weight_decay=settings.weight_decay,
             fused=True,
         )
+
+
+@torch.no_grad()
+def _quieten(network: Autoencoder) -> None:
+    """Begin with latents of little noise. As much noise as signal would hide fine things and colours for thousands of
+    images; the KL term raises it where it does no harm."""
+    last = network.encoder.conv_out if network.quant_conv is None else network.quant_conv
+    assert last.bias is not None
+    last.bias[network.latent_channels :] += _FIRST_LOG_VARIANCE
 
 
 def to_range(images: Tensor) -> Tensor:

@@ -5,10 +5,12 @@ that it can be moved and sampled from alone.
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from hydra.core.global_hydra import GlobalHydra
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -114,12 +116,26 @@ def _wanted(settings: DiffusionSettings) -> AutoencoderSettings:
     """The autoencoder's recipe on the data and the device of the diffusion recipe."""
     recipe = settings.latent.recipe
     assert recipe is not None
-    found = load_recipe(recipe)
+    with _beside_hydra():
+        found = load_recipe(recipe)
     if not isinstance(found, AutoencoderSettings):
         raise LowVRAMError(f"latent.recipe={recipe} trains no autoencoder.", "Use one such as faces256_vae.")
+    _check_shape(f"recipe {recipe}", found.model.latent_channels, found.factor, settings)
     data = replace(settings.data, labels=False, buckets=False, mirror=found.data.mirror, workers=found.data.workers)
     same = {name: getattr(settings, name) for name in ("device", "vram", "seed", "debug", "logger")}
     return replace(found, data=data, **same)
+
+
+@contextmanager
+def _beside_hydra() -> Iterator[None]:
+    """Within, another recipe can be composed, though Hydra may be running the command that named the first."""
+    instance = GlobalHydra.instance()
+    running = instance.hydra
+    instance.clear()
+    try:
+        yield
+    finally:
+        instance.hydra = running
 
 
 def _runs(settings: DiffusionSettings) -> Iterator[tuple[Run, bool]]:
@@ -162,18 +178,21 @@ def load(path: Path, settings: DiffusionSettings) -> Codec:
         codec = _of_run(path)
     else:
         codec = _of_folder(path / "vae" if (path / "vae" / "config.json").is_file() else path)
-    found, latent = codec.autoencoder, settings.latent
-    for name, has, wants in (
-        ("channels", found.latent_channels, latent.channels),
-        ("factor", found.factor, latent.factor),
+    _check_shape(str(path), codec.autoencoder.latent_channels, codec.autoencoder.factor, settings)
+    codec.autoencoder.eval().requires_grad_(False)
+    return codec
+
+
+def _check_shape(name: str, channels: int, factor: int, settings: DiffusionSettings) -> None:
+    for what, has, wants in (
+        ("channels", channels, settings.latent.channels),
+        ("factor", factor, settings.latent.factor),
     ):
         if has != wants:
             raise LowVRAMError(
-                f"the autoencoder in {path} has latents with {name}={has}, and the recipe says latent.{name}={wants}.",
-                f"Use latent.{name}={has}, or another autoencoder.",
+                f"the autoencoder of {name} has latents with {what}={has}, and the recipe says latent.{what}={wants}.",
+                f"Use latent.{what}={has}, or another autoencoder.",
             )
-    codec.autoencoder.eval().requires_grad_(False)
-    return codec
 
 
 def _of_run(folder: Path) -> Codec:

@@ -30,7 +30,7 @@ from lowvram.sampling.diffusion import LatentSampler
 from lowvram.sampling.gan import sample_seeds
 from lowvram.sampling.grids import make_grid
 from lowvram.settings import AutoencoderSettings, DiffusionSettings
-from lowvram.tasks import Task, codec, conditions, load_json
+from lowvram.tasks import Task, codec, conditions, load_json, open_images
 from lowvram.tasks.codec import Codec
 from lowvram.tasks.warmup import Warmup
 
@@ -69,7 +69,13 @@ class DiffusionTask(Task):
 
     @classmethod
     def earlier(cls, settings: Any, folder: Path | None) -> AutoencoderSettings | None:
-        return codec.to_train(settings, folder)
+        first = codec.to_train(settings, folder)
+        if first is not None:  # what is wrong with this recipe should be known before days are spent on the other
+            with torch.device("meta"):
+                cls(settings, torch.device("meta"), folder)
+            if settings.condition == "text":
+                read_captions(open_images(settings), missing=settings.text.missing)
+        return first
 
     @classmethod
     def prepare_data(cls, settings: Any, device: torch.device, folder: Path, say: Callable[[str], None]) -> None:
