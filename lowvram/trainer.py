@@ -92,6 +92,7 @@ class Trainer:
         self.chosen = choose(self.recipe, self.device, self.cap, self.world_size, folder, self.progress.say)
         torch.manual_seed(self.recipe.seed)
         self.task = build_task(self.chosen.settings, self.device, folder)
+        self.task.say = self.progress.say
         self.task.prepare_training()
         self._check_processes()
         self.loader = self._make_loader()

@@ -36,6 +36,7 @@ class Task(ABC):
         averages: updated by the trainer after each step.
         own_precision: the networks choose their own 16-bit layers, so that autocast is not for them.
         group: how many samples belong together in a batch (see Phase.group).
+        say: shows the user a line.
         sample_options: what `sample` can be told beside its own arguments.
     """
 
@@ -54,7 +55,7 @@ class Task(ABC):
         self.settings = settings
         self.device = device
         self.folder = folder
-        self._say: Callable[[str], None] = bars.say
+        self.say: Callable[[str], None] = bars.say
 
     @classmethod
     def earlier(cls, settings: Settings, folder: Path | None) -> Settings | None:

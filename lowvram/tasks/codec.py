@@ -96,6 +96,11 @@ def find(settings: DiffusionSettings, folder: Path | None) -> Path | None:
     return next((run.folder for run, done in _runs(settings) if done), None)
 
 
+def is_own(path: Path, folder: Path | None) -> bool:
+    """Whether this is the copy in a run's folder."""
+    return folder is not None and path == folder / BESIDE
+
+
 def to_train(settings: DiffusionSettings, folder: Path | None) -> AutoencoderSettings | None:
     """The recipe of the autoencoder that must be trained first: from the start, or on from where it was stopped."""
     if find(settings, folder) is not None:
@@ -270,7 +275,10 @@ def latents(settings: DiffusionSettings, codec: Codec, device: torch.device) -> 
             folder,
             images,
             lambda pixels: codec.encode(pixels, device),
-            key={"autoencoder": cache.hash_weights(codec.autoencoder.state_dict())},
+            key={
+                "autoencoder": cache.hash_weights(codec.autoencoder.state_dict()),
+                "norm_groups": codec.autoencoder.norm_num_groups,
+            },
             variants=Variants(mirror=settings.data.mirror, crops=latent.crops),
             larger=larger,
             picture_sizes=picture_sizes,

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,10 +15,14 @@ from torch import Tensor, nn
 from lowvram import seeded, standin
 from lowvram.data.captions import Captions
 from lowvram.data.image_cache import cache_root
+from lowvram.ema import on_device
 from lowvram.errors import LowVRAMError
 from lowvram.models.text import TextEncoder
 from lowvram.settings import DiffusionSettings
 from lowvram.tasks import load_json
+
+if TYPE_CHECKING:
+    from lowvram.models.clip_text import ClipText
 
 Conditions = dict[str, Tensor]  # keyword arguments of a denoiser, rows [n, ...] or one for all
 
@@ -171,12 +175,12 @@ class Clip(Condition):
         if self._file.is_file():
             return
         say(f"encoding {len(texts):,} captions with {self.path}")
-        encoder = self._encoder().to(self.device)
         contexts, masks = [], []
-        for begin in range(0, len(texts), 64):
-            context, mask, _ = encoder.encode(texts[begin : begin + 64], too_long="cut")
-            contexts.append(context.half().cpu())
-            masks.append(mask.cpu())
+        with on_device(self._encoder, self.device):
+            for begin in range(0, len(texts), 64):
+                context, mask, _ = self._encoder.encode(texts[begin : begin + 64], too_long="cut")
+                contexts.append(context.half().cpu())
+                masks.append(mask.cpu())
         self._file.parent.mkdir(parents=True, exist_ok=True)
         partial = self._file.with_suffix(".partial")
         save_file({"context": torch.cat(contexts), "mask": torch.cat(masks)}, partial)
@@ -196,14 +200,19 @@ class Clip(Condition):
     def wanted(
         self, wishes: Sequence[int] | Sequence[str], network: nn.Module | None, *, cut: bool = False
     ) -> Conditions:
-        encoder = self._encoder().to(self.device)
-        context, mask, _ = encoder.encode([str(wish) for wish in wishes], too_long="cut" if cut else "error")
+        if standin.active():
+            return {"context": torch.zeros(len(wishes), 77, self.dim, device=self.device)}
+        with on_device(self._encoder, self.device):
+            texts = [str(wish) for wish in wishes]
+            context, mask, _ = self._encoder.encode(texts, too_long="cut" if cut else "error")
         return {"context": context.float().cpu(), "context_mask": mask.cpu()}
 
     def null(self, network: nn.Module | None) -> Conditions:
         return self.wanted([""], network)
 
-    def _encoder(self) -> Any:
+    @cached_property
+    def _encoder(self) -> "ClipText":
+        """On the host, between uses."""
         from lowvram.models.clip_text import ClipText
 
         return ClipText(self.path)

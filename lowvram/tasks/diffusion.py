@@ -81,7 +81,9 @@ class DiffusionTask(Task):
     def prepare_data(cls, settings: Any, device: torch.device, folder: Path, say: Callable[[str], None]) -> None:
         path = codec.find(settings, folder)
         assert path is not None, "the autoencoder is trained before"
-        say(f"latents by the autoencoder in {path}")
+        named = settings.latent.path
+        other = named is not None and codec.is_own(path, folder) and "latent.path" in settings.overrides
+        say(f"latents by the autoencoder in {path}" + (f", the run's own: not {named}" if other else ""))
         images = codec.latents(settings, codec.load(path, settings), device).images
         if isinstance(images, BucketedSet):
             say(images.summary())
@@ -142,12 +144,12 @@ class DiffusionTask(Task):
             return
         self.captions = read_captions(self.dataset(), missing=self.settings.text.missing)
         if isinstance(self.condition, conditions.Clip):
-            self.condition.read(self.captions, self._say)
+            self.condition.read(self.captions, self.say)
             return
         assert isinstance(self.condition, conditions.Words) and self.text is not None
         too_long = self.condition.read(self.captions, self.text)
         if too_long:
-            self._say(f"{too_long:,} captions are longer than text.length={self.settings.text.length} and are cut")
+            self.say(f"{too_long:,} captions are longer than text.length={self.settings.text.length} and are cut")
 
     def _loss(self, micro: MicroBatch) -> Tensor:
         """The squared error of what the network predicts, on latents drawn from the autoencoder's distribution."""
@@ -377,7 +379,7 @@ class DiffusionTask(Task):
         unseen = [word for prompt in prompts for word in cast(Any, self.text_ema).unseen(prompt)]
         new = [word for word in dict.fromkeys(unseen) if word not in self._said]  # said once, not for each batch
         if new:
-            self._say(f"no caption that this network learned from has {', '.join(new)}")
+            self.say(f"no caption that this network learned from has {', '.join(new)}")
         self._said.update(new)
 
     def _kept_captions(self) -> list[str]:

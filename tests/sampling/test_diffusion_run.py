@@ -147,7 +147,7 @@ def test_classes_that_are_not_there_are_refused(tasks: Callable[..., DiffusionTa
 def test_words_that_no_caption_had_are_said_once(tasks: Callable[..., DiffusionTask]) -> None:
     task = tasks("words")
     said: list[str] = []
-    task._say = said.append
+    task.say = said.append
     task.sample(1, prompts=[FACE])
     assert not said
     task.sample(1, prompts=["a person with a zeppelin", "a zeppelin and a xylophone"])
