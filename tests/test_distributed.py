@@ -47,7 +47,14 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
     return make
 
 
-@pytest.mark.parametrize("policy", [[], ["memory.fsdp=offload"], ["memory.update.D=deferred", "memory.ema=host"]])
+@pytest.mark.parametrize(
+    "policy",
+    [
+        [],
+        ["memory.fsdp=offload"],
+        pytest.param(["memory.update.D=deferred", "memory.ema=host"], marks=pytest.mark.slow),
+    ],
+)
 def test_two_processes_train_as_one(policy: list[str], one: Callable[[int], Path], tmp_path: Path) -> None:
     def check(seed: int) -> None:
         two = launch(tmp_path, *WORDS, *policy, f"seed={seed}", f"out=two{seed}")

@@ -127,11 +127,12 @@ def test_what_is_allowed_is_used_only_if_nothing_fits_without(plans: Plans, tmp_
     assert "loss.r1_kind=finite_difference" in out
 
 
-def test_a_card_of_several(plans: Plans, tmp_path: Path) -> None:
-    """Each holds a part of the batch, and of the weights if they are sharded."""
-    status, out, said = plans(*RECIPE, "vram=6GB", "card=3060", "memory.fsdp=shard", "processes=2", "out=here")
-    assert status == 0, said
-    assert "on each of 2 RTX 3060" in out
+def test_a_card_of_several(tmp_path: Path) -> None:
+    """Each holds a part of the batch, and of the weights if they are sharded. Not in a process that has a group."""
+    words = ["vram=6GB", "card=3060", "memory.fsdp=shard", "processes=2", "out=here"]
+    done = run("lowvram.plan", *RECIPE, *words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "on each of 2 RTX 3060" in done.stdout
     plan = Plan.load(tmp_path / "here" / "plan.json")
     assert (plan.policy.fsdp, plan.processes) == ("shard", 2)
     assert plan.phases[0].samples == 8

@@ -42,7 +42,7 @@ def assert_same_end(a: Path, b: Path) -> None:
     assert numbers[0]["images_seen"] == numbers[1]["images_seen"]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_killed_and_resumed_run_ends_bit_identical(tmp_path: Path, workers: int) -> None:
     words = ["recipe=faces32", *TINY, "kimg=0.24", "snapshot_kimg=0.024", f"data.workers={workers}"]
     whole = start("lowvram.train", *words, "out=whole", cwd=tmp_path)

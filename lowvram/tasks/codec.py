@@ -52,7 +52,13 @@ class Codec:
             return encode_tiled(self.autoencoder, to_range(images.to(device)), tile_pixels=TILE_PIXELS)
 
     def decode(self, z: Tensor, device: torch.device, micro_batch: int) -> Tensor:
-        """Scaled latents [n, C, h, w] -> uint8 images [n, 3, H, W] on the CPU; the autoencoder is moved for it."""
+        """Scaled latents [n, C, h, w] -> uint8 images [n, 3, H, W] on the CPU; the autoencoder is moved for it.
+
+        micro_batch: images at a time, at most, and no more than have the pixels of a tile: the decoder's activations
+        at full resolution are larger than anything that the denoiser needs.
+        """
+        pixels = z.shape[2] * z.shape[3] * self.autoencoder.factor**2
+        micro_batch = max(1, min(micro_batch, TILE_PIXELS**2 // pixels))
         out = []
         with torch.no_grad(), on_device(self.autoencoder, device):
             for part in z.split(micro_batch):

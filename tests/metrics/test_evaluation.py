@@ -43,7 +43,8 @@ class FakeTask:
     """Draws from what its data were drawn from, or noise."""
 
     device = torch.device("cpu")
-    settings = SimpleNamespace(data=SimpleNamespace(mirror=False, workers=0), resolution=32)
+    settings = SimpleNamespace(task="fake", data=SimpleNamespace(mirror=False, workers=0), resolution=32)
+    sample_options = ("truncation_psi", "noise_mode", "classes")
 
     def __init__(self, data: FakeData, *, good: bool = True) -> None:
         self.data, self.good = data, good

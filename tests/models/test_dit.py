@@ -444,3 +444,10 @@ def test_it_learns_to_denoise():
         losses.append(loss.item())
     assert losses[0] > 2.2  # zero is predicted: variance of noise, 1, and of the patterns
     assert sum(losses[-10:]) / 10 < 0.45
+
+
+def test_the_sizes_of_the_settings_are_those_of_the_network():
+    from lowvram.models.dit import SIZES
+    from lowvram.settings.diffusion import DIT_SIZES
+
+    assert {name: tuple(size) for name, size in SIZES.items()} == DIT_SIZES
