@@ -157,3 +157,26 @@ def test_help(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
     said = capsys.readouterr().out
     for word in ("card=", "allow=", "out=", "Exits with 0"):
         assert word in said
+
+
+@pytest.mark.parametrize(
+    ("words", "phases"),
+    [
+        (
+            ["recipe=faces64_ldm", "condition=text", "network=dit", "dit.dim=64", "dit.depth=2", "dit.heads=2"],
+            ["denoiser"],
+        ),
+        (["recipe=faces64_vae", "loss.adversarial_weight=0.1"], ["autoencoder", "discriminator"]),
+    ],
+)
+def test_latent_diffusion_is_planned_without_data_or_autoencoder(
+    words: list[str], phases: list[str], plans: Plans, tmp_path: Path
+) -> None:
+    """In the precision that the card would train in; what samples are decoded by is part of their memory."""
+    status, _, said = plans(*words, "vram=6GB", "card=2060", "data.path=not-here.zip", "out=here")
+    assert status == 0, said
+    plan = Plan.load(tmp_path / "here" / "plan.json")
+    assert plan.policy.precision == "fp16"
+    parts = {phase.name: phase for phase in plan.phases}
+    assert [name for name in parts if parts[name].every] == [*phases, "average"]
+    assert parts["sampling"].live_bytes > parts["average"].live_bytes

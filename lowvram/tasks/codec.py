@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lowvram import checkpoint as checkpoints
+from lowvram import standin
 from lowvram.config import load_recipe
 from lowvram.data import latents as cache
 from lowvram.data.bucketed import BucketedSet
@@ -59,6 +60,8 @@ class Codec:
         """
         pixels = z.shape[2] * z.shape[3] * self.autoencoder.factor**2
         micro_batch = max(1, min(micro_batch, TILE_PIXELS**2 // pixels))
+        if standin.active():  # the next ones take the memory of the first
+            z = z[:micro_batch]
         out = []
         with torch.no_grad(), on_device(self.autoencoder, device):
             for part in z.split(micro_batch):

@@ -134,7 +134,10 @@ class Words(Condition):
         self, wishes: Sequence[int] | Sequence[str], network: nn.Module | None, *, cut: bool = False
     ) -> Conditions:
         assert isinstance(network, TextEncoder)
-        ids = network.tokenizer.encode([str(wish) for wish in wishes], too_long="cut" if cut else "error")
+        if standin.active():  # one at a time they would take a minute
+            ids = torch.zeros(len(wishes), self.settings.length, dtype=torch.int64)
+        else:
+            ids = network.tokenizer.encode([str(wish) for wish in wishes], too_long="cut" if cut else "error")
         context, mask = network(ids.to(self.device))
         return {"context": context, "context_mask": mask}
 
