@@ -43,13 +43,15 @@ from lowvram.planner.calibration import Constants
 from lowvram.planner.cards import Card
 from lowvram.planner.compose import highest
 from lowvram.planner.estimate import Choice, Estimator
+from lowvram.planner.own import autocast_for
 from lowvram.planner.pieces import Pieces
 from lowvram.planner.recipe import plan_recipe, subject_of
 from lowvram.planner.tracing import Job, Recorded, Structure
 from lowvram.settings import Settings, parse_bytes
+from lowvram.tasks import task_class
 
 ON_GPU = {
-    "recipes": "faces64,faces128,faces256,faces512,faces1024",
+    "recipes": "faces64,faces128,faces256,faces512,faces1024,faces256_vae,faces256_ldm,faces256_dit,faces512_ldm",
     "policies": "plain,card,6GB,half,recompute,streamed,leanest",
 }
 ON_CPU = {
@@ -117,7 +119,10 @@ class Predictor:
     def predict(self, settings: Settings) -> Prediction:
         """The parts of a step of the recipe under the settings' policy."""
         names = settings.phase_names()
-        policy = MemoryPolicy.from_settings(settings, phases=names, precision="fp32")
+        precision = "fp32"
+        if self.card is not None and not task_class(settings).own_precision:
+            precision = autocast_for(settings.precision, self.card)
+        policy = MemoryPolicy.from_settings(settings, phases=names, precision=precision)
         if self.card is None:  # a CPU's memory is the host's: there the average is moved nowhere
             policy = replace(policy, ema="device")
         kind = Estimator if self.card is not None else _Exact
@@ -150,7 +155,7 @@ def cases(recipe: str, policies: list[str], card: Card | None) -> Iterator[tuple
     if card is None:
         base += ["device=cpu", "precision=fp32"]
     settings = load_recipe(name, base)
-    sets = policy_sets.stylegan2(settings)
+    sets = policy_sets.of(settings)
     predictor = Predictor(settings, card)
     constants = Constants() if card is None else calibration.load(card)
     plain_bytes: int | None = None

@@ -58,7 +58,7 @@ def builders(recipe: str, overrides: list[str], only: list[str]) -> dict[str, Bu
             name: lambda device, policy=policy: workloads.sd15(device, batch=batch, **policy)
             for name, policy in chosen.items()
         }
-    chosen = policy_sets.pick(policy_sets.stylegan2(load_recipe(recipe, overrides)), only)
+    chosen = policy_sets.pick(policy_sets.of(load_recipe(recipe, overrides)), only)
     return {
         name: lambda device, policy=policy: workloads.recipe(recipe, [*policy, *overrides], device)
         for name, policy in chosen.items()

@@ -3,7 +3,7 @@
 from typing import Any, TypeVar
 
 from lowvram.errors import LowVRAMError
-from lowvram.settings import Settings, nearest
+from lowvram.settings import Settings, StyleGAN2Settings, nearest
 
 Policy = TypeVar("Policy")
 
@@ -14,6 +14,33 @@ _DEFERRED = ["memory.update.G=deferred", "memory.update.D=deferred"]
 _NARROW = ["memory.optimizer.G=adam8bit", "memory.optimizer.D=adam8bit"]
 _STATE_ON_HOST = ["memory.state.G=host", "memory.state.D=host"]
 _STREAMED = [*_DEFERRED, "memory.weights.G=stream", "memory.weights.D=stream"]
+
+
+def of(settings: Settings) -> dict[str, list[str]]:
+    """Overrides of any recipe."""
+    if isinstance(settings, StyleGAN2Settings):
+        return stylegan2(settings)
+    phases = settings.phase_names()
+
+    def each(setting: str, value: str) -> list[str]:
+        return [f"memory.{setting}.{name}={value}" for name in phases]
+
+    plain = [f"micro_batch.{name}=null" for name in phases]
+    recomputed, streamed = each("activations", "recompute"), [*each("update", "deferred"), *each("weights", "stream")]
+    least = [f"micro_batch.{name}=1" for name in phases]
+    sets = {
+        "plain": [],
+        "recompute": recomputed,
+        "half micro-batches": [f"micro_batch.{name}={max(1, settings.batch // 2)}" for name in phases],
+        "least micro-batches": least,
+        "8-bit": each("optimizer", "adam8bit"),
+        "deferred": each("update", "deferred"),
+        "state on the host": each("state", "host"),
+        "average on the host": ["memory.ema=host"],
+        "streamed": streamed,
+        "leanest": [*recomputed, *least, *streamed, "memory.ema=host"],
+    }
+    return {name: [*plain, *changes] for name, changes in sets.items()}
 
 
 def stylegan2(settings: Settings) -> dict[str, list[str]]:

@@ -21,7 +21,8 @@ from lowvram.planner.recipe import seeds
 from lowvram.planner.subject import to_fake_host
 from lowvram.seeded import randn
 from lowvram.settings import Settings
-from lowvram.tasks import build_task
+from lowvram.tasks import build_task, codec
+from lowvram.tasks.diffusion import DiffusionTask
 
 
 @dataclass(kw_only=True)
@@ -80,14 +81,16 @@ class Workload:
 def recipe(name: str, overrides: list[str], device: torch.device) -> Workload:
     """The task of a recipe as the trainer builds it; random images in place of a data set.
 
-    overrides: a policy among them. Augmentation runs at p = 0.5, for it costs the same at any p but 0.
+    overrides: a policy among them. It is taken when its steps cost most (see `Settings.at_full_cost`); latents are
+    decoded by an autoencoder that has learned nothing.
     """
-    settings = load_recipe(name, ["augment.p=0.5", *overrides, "data.workers=0"])
+    settings = load_recipe(name, [*overrides, "data.workers=0"]).at_full_cost()
     torch.manual_seed(settings.seed)
     task = build_task(settings, device)
     task.prepare_training()
     if standin.active() and settings.memory.ema == "host":
-        to_fake_host(task.networks["G_ema"])
+        for average in task.averages:
+            to_fake_host(average.target)
     precision = "fp32" if task.own_precision else choose(settings.precision, device)
     applied = Applied(
         MemoryPolicy.from_settings(settings, phases=[phase.name for phase in task.phases], precision=precision),
@@ -97,14 +100,20 @@ def recipe(name: str, overrides: list[str], device: torch.device) -> Workload:
         own_precision=task.own_precision,
         zero_nonfinite=task.own_precision and _computes_fp16(settings, device),
     )
-    shape = (settings.batch, 3, settings.resolution, settings.resolution)
+
+    def sample(n: int) -> None:
+        if isinstance(task, DiffusionTask):
+            vars(task)["_codec"] = codec.pretended(task.settings)
+        task.sample(n, micro_batch=n)
+        vars(task).pop("_codec", None)  # between samples it waits on the host, which on a CPU would be counted
+
     return Workload(
         applied=applied,
-        images=torch.randint(0, 256, shape, dtype=torch.uint8, device=device),
+        images=task.example(settings.batch),
         seeds=seeds(settings.batch),
         networks=task.networks,
         averages=task.averages,
-        sample=lambda n: task.sample(n, micro_batch=n),
+        sample=sample,
     )
 
 

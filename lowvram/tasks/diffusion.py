@@ -181,11 +181,13 @@ class DiffusionTask(Task):
 
     # Data.
 
-    @cached_property
+    @property
     def codec(self) -> Codec:
-        """The run's autoencoder, on the host."""
-        if standin.active():
-            return codec.pretended(self.settings)
+        """The run's autoencoder, on the host; in a plan a new one each time, whose memory is part of sampling's."""
+        return codec.pretended(self.settings) if standin.active() else self._codec
+
+    @cached_property
+    def _codec(self) -> Codec:
         path = codec.find(self.settings, self.folder)
         if path is None:
             raise LowVRAMError(
