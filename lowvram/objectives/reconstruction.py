@@ -135,7 +135,7 @@ class LPIPS(nn.Module):
         if not weights.is_file():
             raise LowVRAMError(
                 f"LPIPS needs torchvision's ImageNet weights, and there is no {weights}.",
-                f"Put {weights.name} of download.pytorch.org/models there, or use the built-in perceptual loss.",
+                f"Put torchvision's {weights.name} there, or use the built-in perceptual loss.",
             )
         try:
             package: Any = importlib.import_module("lpips")
