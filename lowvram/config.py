@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
@@ -52,9 +53,21 @@ def load_recipe(recipe: str, overrides: list[str] | None = None) -> Settings:
     """
     overrides = short_forms(list(overrides or []))
     arguments = register_recipe_files([f"recipe={recipe}", *overrides])
-    with friendly_errors(), initialize_config_module("lowvram.conf", version_base="1.3"):
+    with friendly_errors(), _beside_hydra(), initialize_config_module("lowvram.conf", version_base="1.3"):
         composed = compose("config", overrides=arguments)
     return to_settings(composed, overrides)
+
+
+@contextmanager
+def _beside_hydra() -> Iterator[None]:
+    """Within, a recipe can be composed though Hydra may be running the command that named another."""
+    instance = GlobalHydra.instance()
+    running = instance.hydra
+    instance.clear()
+    try:
+        yield
+    finally:
+        instance.hydra = running
 
 
 def to_settings(composed: DictConfig, overrides: list[str]) -> Settings:

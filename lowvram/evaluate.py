@@ -78,9 +78,10 @@ def main(options: EvaluateOptions) -> None:
         micro_batch=options.micro_batch,
         **{name: value for name in _DIFFUSION if (value := getattr(options, name)) is not None},
     )
+    truncated = f", truncation {options.truncation:g}," if "truncation_psi" in task.sample_options else ""
     print(
-        f"lowvram: {folder} at step {step}: {result.generated_images:,} generated images, truncation "
-        f"{options.truncation:g}, against {result.real_images:,} of {task.dataset().name}"
+        f"lowvram: {folder} at step {step}: {result.generated_images:,} generated images{truncated} against "
+        f"{result.real_images:,} of {task.dataset().name}"
     )
     print(result.table())
     asked = {name: getattr(options, name) for name in ("seed", "truncation", "noise", "checkpoint", *_DIFFUSION)}
@@ -109,10 +110,10 @@ def evaluate(
     task: from `lowvram.tasks.load_run`, or a trainer's. Class-conditional ones draw classes as often as the data does.
     metrics: some of lowvram.metrics.evaluation.METRICS, or None for all. See `evaluate_images` for the rest.
     """
+    from lowvram.bars import say
     from lowvram.memory.recovery import halving
     from lowvram.metrics.evaluation import METRICS, batch_size, check_counts, check_metrics, evaluate_images
     from lowvram.metrics.real import real_indices
-    from lowvram.sampling.bars import say
 
     sampling: dict[str, Any] = {"truncation_psi": truncation, "noise_mode": noise_mode}
     for name, usual in (("truncation_psi", 1.0), ("noise_mode", "random")):

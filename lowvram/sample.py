@@ -151,7 +151,7 @@ def images(options: SampleOptions, task: Any, run: Path, chosen: dict[str, Any])
     """Write n images, each as it is made, and a grid of as many as fit. Returns what was written, in words."""
     import torch
 
-    from lowvram.sampling.bars import bar
+    from lowvram.bars import bar
     from lowvram.sampling.grids import save_grid, save_png
 
     n = 16 if options.n is None else options.n
@@ -185,8 +185,8 @@ def images(options: SampleOptions, task: Any, run: Path, chosen: dict[str, Any])
 
 def animate(options: SampleOptions, task: Any, run: Path, chosen: dict[str, Any]) -> str:
     """Write a looping walk. Returns what was written, in words."""
+    from lowvram.bars import bar
     from lowvram.sampling.animation import check_animation, save_animation
-    from lowvram.sampling.bars import bar
     from lowvram.sampling.grids import grid_shape
 
     resolution = task.settings.resolution
@@ -217,8 +217,8 @@ def sample_batches(
     task: Any, n: int, seed: int, *, batch: int, micro_batch: int | None = None, **options: Any
 ) -> Iterator[Tensor]:
     """Images 0 ... n - 1 of a task, in uint8 batches [batch, C, R, R]; fewer at a time once memory runs out."""
+    from lowvram.bars import say
     from lowvram.memory.recovery import halving
-    from lowvram.sampling.bars import say
 
     size = micro_batch  # None: as the task thinks best
 
@@ -239,8 +239,8 @@ def all_frames(task: Any, seed: int, *, walks: int, micro_batch: int | None, **o
     Frames can't be begun in the middle: those that were shown are made again, unseen. Most often it is the first one
     that fails.
     """
+    from lowvram.bars import say
     from lowvram.memory.recovery import halving
-    from lowvram.sampling.bars import say
 
     size, shown = micro_batch, 0  # size None: as the task thinks best
     frames: Iterator[Tensor] = iter(())

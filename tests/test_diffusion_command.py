@@ -1,5 +1,6 @@
 """Latent diffusion by its commands, as a user types them: trained from nothing, then sampled in every way."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ from commands import run as command
 from PIL import Image
 from tiny_diffusion import DIT_WORDS, TINY_LDM, write_vae_recipe
 
+from lowvram import evaluate
 from lowvram.errors import LowVRAMError
 from lowvram.sample import SampleOptions, main
 
@@ -109,3 +111,22 @@ def test_the_autoencoder_itself_gives_back_images(home: Path, tmp_path: Path) ->
         main(SampleOptions(run=str(vae), n=2, steps=3, device="cpu", out=str(tmp_path / "never")))
     with pytest.raises(LowVRAMError, match="has no walk to take"):
         main(SampleOptions(run=str(vae), interpolate=True, device="cpu", out=str(tmp_path / "never")))
+
+
+@pytest.mark.parametrize(("run", "options"), [("faces64_ldm", {"steps": 2, "guidance": 1.5}), ("tiny_vae", {})])
+def test_a_run_is_evaluated(
+    run: str, options: dict[str, float], home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What it generates, or an autoencoder's reconstructions, against its data."""
+    monkeypatch.chdir(home)
+    asked = {"run": f"outputs/{run}", "n": 64, "metrics": "swd", "floor": False, "device": "cpu"}
+    evaluate.main(evaluate.EvaluateOptions(**asked, **options))
+    said = capsys.readouterr().out
+    assert "64 generated images against 64 of the built-in faces" in said
+    (kept,) = (home / "outputs" / run / "metrics").iterdir()
+    assert json.loads(kept.read_text())["steps"] == options.get("steps")
+    with pytest.raises(LowVRAMError, match="truncation_psi is nothing that a run of"):
+        evaluate.main(evaluate.EvaluateOptions(**asked, truncation=0.7))
+    if run == "tiny_vae":
+        with pytest.raises(LowVRAMError, match="steps is nothing that a run of autoencoder knows"):
+            evaluate.main(evaluate.EvaluateOptions(**asked, steps=3))

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lowvram.data.buckets import assign, make_buckets, read_sizes
-from lowvram.data.dataset import ImageSet, Picture
+from lowvram.data.dataset import DerivedSet, ImageSet, Picture
 from lowvram.data.decode import MAX_FILE_BYTES, decode_to
 from lowvram.data.images import FileSet
 from lowvram.data.latent_files import digest_of
@@ -14,7 +14,7 @@ from lowvram.data.latents import LatentSet
 from lowvram.errors import LowVRAMError
 
 
-class BucketedSet(ImageSet):
+class BucketedSet(DerivedSet):
     """A set of images of which `load` gives each in the shape of its bucket, uint8 [height, width, 3].
 
     It is for `latents.build`, with `picture_sizes`; batches are read from the latents. Buckets have at most the area
@@ -27,16 +27,7 @@ class BucketedSet(ImageSet):
     """
 
     def __init__(self, images: ImageSet, *, multiple: int, min_images: int = 1, max_ratio: float = 2.0) -> None:
-        super().__init__(
-            name=images.name,
-            resolution=images.resolution,
-            labels=images.labels,
-            class_names=images.class_names,
-            on_bad_file=images.on_bad_file,
-            bad_file_limit=images.bad_file_limit,
-        )
-        self.images = images
-        self.skip_log = images.skip_log
+        super().__init__(images)
         buckets = make_buckets(images.resolution**2, multiple=multiple, max_ratio=max_ratio)
         if len(buckets) == 1:
             raise LowVRAMError(
@@ -54,9 +45,6 @@ class BucketedSet(ImageSet):
         self._lost = _lost(sizes[readable], self.picture_sizes[readable])
         self._lost_by_squares = _lost(sizes[readable], np.ones((int(readable.sum()), 2), np.int64))
 
-    def __len__(self) -> int:
-        return len(self.images)
-
     def load(self, index: int) -> Picture:
         width, height = self.picture_sizes[index].tolist()
         if isinstance(self.images, FileSet):
@@ -66,17 +54,8 @@ class BucketedSet(ImageSet):
             raise ValueError(f"{self.images.name} has squares alone, and {width}x{height} is wanted")
         return self.images.load(index)
 
-    def file_name(self, index: int) -> str:
-        return self.images.file_name(index)
-
     def identity(self) -> list[str]:
         return [self.images.fingerprint, digest_of(self.picture_sizes.tolist())]
-
-    def size(self, index: int) -> tuple[int, int]:
-        return self.images.size(index)
-
-    def times(self) -> list[str]:
-        return self.images.times()
 
     @property
     def item_shape(self) -> tuple[int, ...]:

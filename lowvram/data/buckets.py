@@ -209,11 +209,6 @@ class BucketPlan:
         return _random(self.seed, turn, bucket).permutation(len(self._members[bucket])).astype(np.int64)
 
 
-def plan_epoch(bucket_of_image: NDArray[np.int64], batch: int, seed: int, epoch: int) -> list[NDArray[np.int64]]:
-    """The batches of one epoch, image indices int64 [batch], each of one bucket; see `BucketPlan` for what it keeps."""
-    return BucketPlan(bucket_of_image, batch=batch, seed=seed).epoch(epoch)
-
-
 _ORDER = 0xFFFFFFFF  # no bucket's number
 
 

@@ -220,3 +220,34 @@ class ImageSet(ABC):
         self.skip_log.report(fetched.skipped)
         self.skip_log.note_enlarged(fetched.enlarged, self.resolution)
         return torch.from_numpy(np.ascontiguousarray(fetched.pixels.transpose(2, 0, 1)))
+
+
+class DerivedSet(ImageSet):
+    """What is made of another set's images, one for one: it has their names, labels and log of bad files."""
+
+    def __init__(self, images: ImageSet) -> None:
+        super().__init__(
+            name=images.name,
+            resolution=images.resolution,
+            labels=images.labels,
+            class_names=images.class_names,
+            on_bad_file=images.on_bad_file,
+            bad_file_limit=images.bad_file_limit,
+        )
+        self.images = images
+        self.skip_log = images.skip_log
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def load(self, index: int) -> Picture:
+        return self.images.load(index)
+
+    def file_name(self, index: int) -> str:
+        return self.images.file_name(index)
+
+    def size(self, index: int) -> tuple[int, int]:
+        return self.images.size(index)
+
+    def times(self) -> list[str]:
+        return self.images.times()

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lowvram.bars import bar
 from lowvram.errors import LowVRAMError
 
 log = logging.getLogger(__name__)
@@ -255,19 +256,3 @@ def _try_lock(descriptor: int) -> bool:
     except OSError:  # such as NFS without locks: at worst two processes do the same work
         return True
     return True
-
-
-def bar(total: int, what: str, unit: str, *, shown: bool) -> Any:
-    """A bar on stderr: moving on a terminal, a line now and then elsewhere."""
-    from tqdm import tqdm
-
-    terminal = sys.stderr.isatty()
-    return tqdm(
-        total=total,
-        desc=what,
-        unit=unit,
-        disable=not shown,
-        leave=not terminal,
-        dynamic_ncols=terminal,
-        mininterval=0.1 if terminal else 15.0,
-    )

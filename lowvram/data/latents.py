@@ -21,13 +21,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from lowvram.data.dataset import BadImageError, ImageSet, Item, Picture, too_many_bad_files
+from lowvram.bars import bar
+from lowvram.data.dataset import BadImageError, DerivedSet, ImageSet, Item, too_many_bad_files
 from lowvram.data.latent_files import (
     FORMAT_VERSION,
     Index,
     Shard,
     Variants,
-    bar,
     check_space,
     digest_of,
     locked,
@@ -281,7 +281,7 @@ def _ahead(function: Callable[[_In], _Out], items: Iterable[_In], depth: int = 2
         pool.shutdown(cancel_futures=True)
 
 
-class LatentSet(ImageSet):
+class LatentSet(DerivedSet):
     """The latents of a set of images, as `build` gives them; reads are memory-mapped.
 
     `read` gives moments (mean and log variance, unscaled), float16 [2C, h, w]; `load`, `fetch` and `[i]` still give
@@ -291,19 +291,10 @@ class LatentSet(ImageSet):
     item_dtype = np.float16
 
     def __init__(self, images: ImageSet, index: Index, variants: Variants, *, identity: str) -> None:
-        super().__init__(
-            name=images.name,
-            resolution=images.resolution,
-            labels=images.labels,
-            class_names=images.class_names,
-            on_bad_file=images.on_bad_file,
-            bad_file_limit=images.bad_file_limit,
-        )
-        self.images = images
+        super().__init__(images)
         self.variants = variants
         self.crops = variants.crops
         self.folder = index.folder
-        self.skip_log = images.skip_log
         self._identity = identity
         self._shards = index.shards
         self._shard_of = np.empty(len(images), np.int64)
@@ -331,23 +322,8 @@ class LatentSet(ImageSet):
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_open": OrderedDict()}
 
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def load(self, index: int) -> Picture:
-        return self.images.load(index)
-
-    def file_name(self, index: int) -> str:
-        return self.images.file_name(index)
-
     def identity(self) -> list[str]:
         return [self.images.fingerprint, self._identity]
-
-    def size(self, index: int) -> tuple[int, int]:
-        return self.images.size(index)
-
-    def times(self) -> list[str]:
-        return self.images.times()
 
     def shape_of(self, index: int) -> tuple[int, ...]:
         """The shape of the moments of one image, (2C, h, w)."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowvram.bars import bar
 from lowvram.errors import LowVRAMError
 from lowvram.metrics.features import INCEPTION_FILES, EfficientNetLite0, FeatureExtractor, InceptionV3, find_inception
 from lowvram.metrics.frechet import frechet_distance
@@ -24,7 +25,6 @@ from lowvram.metrics.real import (
     write_statistics,
 )
 from lowvram.metrics.sliced_wasserstein import PatchDescriptors, sliced_wasserstein
-from lowvram.sampling.bars import bar
 
 METRICS = ("frechet", "precision_recall", "swd", "fid")
 FEWEST_IMAGES = 8  # so that each half has more than the neighbours of precision and recall

@@ -195,10 +195,6 @@ class Autoencoder(nn.Module):
         """The unscaled latents of a diffusion model's, which `decode` takes. [B, latent, h, w] -> the same, fp32."""
         return z.to(_at_least_fp32(z)) / self.scaling_factor + self.shift_factor
 
-    def from_latents(self, z: Tensor) -> Tensor:
-        """Decode a diffusion model's latents [B, latent, h, w] -> images [B, in, f h, f w]."""
-        return self.decode(self.unscale(z))
-
     def blocks(self) -> dict[str, nn.Module]:
         """Residual blocks, attention and samplers, in the order they run."""
         halves = (("encoder", self.encoder), ("decoder", self.decoder))

@@ -7,7 +7,6 @@ d width of a head, L tokens of the text.
 """
 
 import math
-from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -19,17 +18,6 @@ NORM_EPS = 1e-6
 ROTARY_BASE = 100.0  # for images, whose axes are tens of tokens long (arXiv 2403.13298, section 3.2)
 SINUSOIDS = 256  # of a number that is embedded: time, sizes
 HIDDEN_MULTIPLE = 64  # widths that fill the tiles of a matrix product
-
-
-class Size(NamedTuple):
-    """Width, depth and heads of a published configuration (arXiv 2212.09748, table 1)."""
-
-    dim: int
-    depth: int
-    heads: int
-
-
-SIZES = {"S": Size(384, 12, 6), "B": Size(768, 12, 12), "L": Size(1024, 24, 16)}
 
 
 def sinusoids(x: Tensor, features: int = SINUSOIDS) -> Tensor:
@@ -247,16 +235,6 @@ class DiT(nn.Module):
         self.final_modulation = nn.Linear(dim, 2 * dim)
         self.final = nn.Linear(dim, out_channels * patch**2)
         self._initialise()
-
-    @classmethod
-    def named(cls, name: str, **settings: Any) -> Self:
-        """The network of size S (32 M parameters with no conditions), B (129 M) or L (458 M).
-
-        settings: other arguments, which may change the size too.
-        """
-        if name not in SIZES:
-            raise LowVRAMError(f"there is no DiT of size {name!r}.", f"Use one of {', '.join(SIZES)}.")
-        return cls(**{**SIZES[name]._asdict(), **settings})
 
     def blocks(self) -> dict[str, nn.Module]:
         """The transformer blocks by name: the grain of recomputation and streaming."""

@@ -11,14 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowvram import bars, standin
 from lowvram import checkpoint as checkpoints
-from lowvram import standin
 from lowvram.data import ImageSet, open_dataset
 from lowvram.ema import ExponentialMovingAverage
 from lowvram.errors import LowVRAMError
 from lowvram.phase import Phase
 from lowvram.run import Run
-from lowvram.sampling import bars
 from lowvram.settings import Settings
 
 

@@ -5,12 +5,10 @@ that it can be moved and sampled from alone.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from hydra.core.global_hydra import GlobalHydra
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -130,26 +128,13 @@ def _wanted(settings: DiffusionSettings) -> AutoencoderSettings:
     """The autoencoder's recipe on the data and the device of the diffusion recipe."""
     recipe = settings.latent.recipe
     assert recipe is not None
-    with _beside_hydra():
-        found = load_recipe(recipe)
+    found = load_recipe(recipe)
     if not isinstance(found, AutoencoderSettings):
         raise LowVRAMError(f"latent.recipe={recipe} trains no autoencoder.", "Use one such as faces256_vae.")
     _check_shape(f"recipe {recipe}", found.model.latent_channels, found.factor, settings)
     data = replace(settings.data, labels=False, buckets=False, mirror=found.data.mirror, workers=found.data.workers)
     same = {name: getattr(settings, name) for name in ("device", "vram", "seed", "debug", "logger")}
     return replace(found, data=data, **same)
-
-
-@contextmanager
-def _beside_hydra() -> Iterator[None]:
-    """Within, another recipe can be composed, though Hydra may be running the command that named the first."""
-    instance = GlobalHydra.instance()
-    running = instance.hydra
-    instance.clear()
-    try:
-        yield
-    finally:
-        instance.hydra = running
 
 
 def _runs(settings: DiffusionSettings) -> Iterator[tuple[Run, bool]]:

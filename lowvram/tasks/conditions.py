@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lowvram import seeded, standin
 from lowvram.data.captions import Captions
 from lowvram.data.image_cache import cache_root
+from lowvram.data.latent_files import digest_of
 from lowvram.ema import on_device
 from lowvram.errors import LowVRAMError
 from lowvram.models.text import TextEncoder
@@ -173,7 +174,7 @@ class Clip(Condition):
         weights = [
             f"{f.name} {f.stat().st_size} {f.stat().st_mtime_ns}" for f in sorted(self.path.rglob("*.safetensors"))
         ]
-        key = _digest("\0".join([str(self.path.resolve()), *weights, *texts]))
+        key = digest_of([str(self.path.resolve()), *weights, *texts])
         self._file = cache_root() / "captions" / f"{key}.safetensors"
         if self._file.is_file():
             return
@@ -228,9 +229,3 @@ def make(settings: DiffusionSettings, classes: int, device: torch.device) -> Con
     if settings.condition == "text":
         return Words(settings, device) if settings.text.clip is None else Clip(settings, device)
     return Unconditional(0.0, device)
-
-
-def _digest(text: str) -> str:
-    import hashlib
-
-    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:24]

@@ -15,7 +15,7 @@ from pictures import encode
 from PIL import Image
 
 from lowvram.data import open_dataset
-from lowvram.data.buckets import BucketPlan, assign, fit, make_buckets, plan_epoch, read_sizes
+from lowvram.data.buckets import BucketPlan, assign, fit, make_buckets, read_sizes
 from lowvram.data.dataset import BadImageError
 from lowvram.errors import LowVRAMError
 
@@ -131,7 +131,7 @@ def test_every_batch_is_full_and_of_one_bucket_and_no_image_is_lost_or_preferred
     members = {bucket: np.flatnonzero(bucket_of == bucket) for bucket in np.unique(bucket_of).tolist()}
     rows = collections.defaultdict(list)
     for epoch in range(5):
-        for images in plan_epoch(bucket_of, batch, seed, epoch):
+        for images in BucketPlan(bucket_of, batch=batch, seed=seed).epoch(epoch):
             assert images.shape == (batch,) and images.dtype == np.int64
             (bucket,) = set(bucket_of[images].tolist())
             rows[bucket] += images.tolist()
@@ -157,7 +157,7 @@ def test_any_batch_follows_from_its_number_alone(plan, number):
     epoch = fresh.epoch_of(number)
     first = fresh.first_batch(epoch)
     assert first <= number < fresh.first_batch(epoch + 1)
-    expected = plan_epoch(bucket_of, batch, seed, epoch)[number - first]
+    expected = BucketPlan(bucket_of, batch=batch, seed=seed).epoch(epoch)[number - first]
     assert fresh.images_of(number).tolist() == expected.tolist()
     positions = np.arange(number * batch, (number + 2) * batch)
     found = pickle.loads(pickle.dumps(fresh)).lookup(positions)
@@ -172,18 +172,20 @@ def test_a_whole_number_of_batches_is_an_exact_epoch(plan):
     bucket_of, batch, seed = plan
     exact = np.repeat(bucket_of, batch)
     for epoch in (0, 1, 7):
-        assert sorted(np.concatenate(plan_epoch(exact, batch, seed, epoch)).tolist()) == list(range(len(exact)))
+        assert sorted(np.concatenate(BucketPlan(exact, batch=batch, seed=seed).epoch(epoch)).tolist()) == list(
+            range(len(exact))
+        )
 
 
 def test_orders_differ_by_seed_and_epoch_and_mix_buckets():
     bucket_of = np.arange(400) % 4
 
     def order(seed, epoch):
-        return np.concatenate(plan_epoch(bucket_of, 8, seed, epoch)).tolist()
+        return np.concatenate(BucketPlan(bucket_of, batch=8, seed=seed).epoch(epoch)).tolist()
 
     orders = [order(0, 0), order(1, 0), order(2**40, 0), order(0, 1)]
     assert order(0, 0) == orders[0] and len({tuple(o) for o in orders}) == 4
-    turns = [int(bucket_of[images[0]]) for images in plan_epoch(bucket_of, 8, 0, 0)]
+    turns = [int(bucket_of[images[0]]) for images in BucketPlan(bucket_of, batch=8, seed=0).epoch(0)]
     assert len(turns) == 48 and sum(a != b for a, b in itertools.pairwise(turns)) > 20
 
 

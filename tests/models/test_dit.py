@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from lowvram.errors import LowVRAMError
 from lowvram.memory.blocks import find_blocks
 from lowvram.memory.checkpointing import recomputing
-from lowvram.models.dit import SIZES, DiT, DiTBlock, RMSNorm, rotate, rotations, sinusoids
+from lowvram.models.dit import DiT, DiTBlock, RMSNorm, rotate, rotations, sinusoids
+from lowvram.settings.diffusion import DIT_SIZES
 
 TINY = {"dim": 32, "depth": 2, "heads": 2, "in_channels": 3}
 EVERYTHING = {"num_classes": 5, "context_dim": 12, "pooled_dim": 7, "size_conditioning": True}
@@ -253,23 +254,14 @@ def test_all_parameters_learn_although_much_begins_at_zero():
 
 @pytest.mark.parametrize("name, millions", [("S", 32.43), ("B", 129.45), ("L", 458.15)])
 def test_named_sizes_have_the_parameters_of_the_paper(name, millions):
+    dim, depth, heads = DIT_SIZES[name]
     with torch.device("meta"):
-        network = DiT.named(name)
+        network = DiT(dim=dim, depth=depth, heads=heads)
     count = sum(p.numel() for p in network.parameters())
     assert count / 1e6 == pytest.approx(millions, abs=0.005)
     published = {"S": 33, "B": 130, "L": 458}  # arXiv 2212.09748, table 1, for a plain MLP and patches of 2
     assert count / 1e6 == pytest.approx(published[name], rel=0.02)
-    assert len(network.blocks()) == SIZES[name].depth
-
-
-def test_settings_go_with_a_name():
-    with torch.device("meta"):
-        network = DiT.named("S", depth=3, num_classes=11, patch=4, in_channels=16)
-    assert len(network.blocks()) == 3
-    assert network.class_embedding.weight.shape == (11, 384)
-    assert network.patch_embed.in_features == 16 * 16
-    with pytest.raises(LowVRAMError, match=r"no DiT of size 'M'.*\n.*S, B, L"):
-        DiT.named("M")
+    assert len(network.blocks()) == depth
 
 
 @given(height=st.integers(1, 6), width=st.integers(1, 6), patch=st.integers(1, 3))
@@ -444,10 +436,3 @@ def test_it_learns_to_denoise():
         losses.append(loss.item())
     assert losses[0] > 2.2  # zero is predicted: variance of noise, 1, and of the patterns
     assert sum(losses[-10:]) / 10 < 0.45
-
-
-def test_the_sizes_of_the_settings_are_those_of_the_network():
-    from lowvram.models.dit import SIZES
-    from lowvram.settings.diffusion import DIT_SIZES
-
-    assert {name: tuple(size) for name, size in SIZES.items()} == DIT_SIZES
