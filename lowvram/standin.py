@@ -9,16 +9,22 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
+from lowvram.kernels import dispatch
+
 _depth = 0  # for every thread: autograd has its own
 
 
 @contextmanager
-def cuda() -> Iterator[None]:
-    """Within, tensors on the CPU stand for a CUDA card's, and hold no numbers that would matter."""
+def cuda(triton: bool = False) -> Iterator[None]:
+    """Within, tensors on the CPU stand for a CUDA card's, and hold no numbers that would matter.
+
+    triton: whether that card runs Triton's kernels.
+    """
     global _depth
     _depth += 1
     try:
-        yield
+        with dispatch.pretending(triton):
+            yield
     finally:
         _depth -= 1
 

@@ -8,7 +8,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, Literal
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -59,19 +59,18 @@ def runs_triton(impl: Impl, x: Tensor) -> bool:
     Raises:
         LowVRAMError: "triton" is asked for where it can't run.
     """
+    impl = _checked(impl)
     if impl == "auto":
         impl = _default
     if impl == "reference":
         return False
+    if _pretended is not None:
+        return _pretended or impl == "triton"
     if impl == "auto":
-        if _pretended is not None:
-            return _pretended
-        return x.is_cuda and _works_on(x.device.index or 0)
-    if impl != "triton":
-        raise ValueError(f'impl={impl!r} is not known; use "auto", "reference" or "triton"')
+        return x.is_cuda and works_on(x.device.index or 0)
     if _missing is not None:
         raise LowVRAMError(f"Triton kernels were asked for, and Triton can't be imported: {_missing}.", _REMEDY)
-    if _pretended is None and _take_launch is None and not x.is_cuda and not interpreted():
+    if _take_launch is None and not x.is_cuda and not interpreted():
         raise LowVRAMError(f"Triton kernels were asked for, for a tensor on {x.device}.", _REMEDY)
     return True
 
@@ -95,10 +94,16 @@ def using(impl: Impl) -> Iterator[None]:
         _default = before
 
 
-def use(impl: Impl) -> None:
-    """From now on "auto" means `impl`."""
+def use(impl: str) -> None:
+    """From now on "auto" means `impl`: "auto" itself, "reference" or "triton"."""
     global _default
-    _default = impl
+    _default = _checked(impl)
+
+
+def _checked(impl: str) -> Impl:
+    if impl not in get_args(Impl):
+        raise ValueError(f'impl={impl!r} is not known; use "auto", "reference" or "triton"')
+    return cast(Impl, impl)
 
 
 @contextmanager
@@ -166,7 +171,7 @@ def _add_one(x):
 
 
 @functools.cache
-def _works_on(device: int) -> bool:
+def works_on(device: int) -> bool:
     """Whether a small kernel gives the right answer there: Triton wants a C compiler and a driver of its time."""
     if torch.cuda.get_device_capability(device) < TRITON_FROM:
         return False

@@ -16,11 +16,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lowvram.errors import LowVRAMError
+from lowvram.kernels import dispatch
 from lowvram.memory.guard import in_gb
 from lowvram.settings import nearest
 
 GIB = 2**30
 DISPLAY_BYTES = 300 * 2**20  # what a desktop and the driver keep of a GeForce card
+_TRITON_SUPPORTS = (8, 0)  # compute capability, by its makers' word; on 7.5 training tries it on the card
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,6 +266,18 @@ def present(device: torch.device) -> Card:
         launch_seconds=found.launch_seconds,
     )
     return replace(card, board_watts=(known or _most_similar(card)).board_watts)
+
+
+def runs_triton(card: Card, kernels: str = "auto") -> bool:
+    """Whether training on the card takes Triton's kernels. kernels: the recipe's setting.
+
+    Of a card that is not here, below what Triton supports, the answer is no: PyTorch's kernels need a little more.
+    """
+    if kernels != "auto":
+        return kernels == "triton"
+    if card.measured and torch.cuda.is_available():
+        return dispatch.works_on(torch.cuda.current_device())
+    return card.capability >= _TRITON_SUPPORTS
 
 
 def _in_table(name: str, total_bytes: int) -> Card | None:

@@ -29,7 +29,7 @@ from lowvram.memory.guard import in_gb
 from lowvram.memory.optimizers import pack
 from lowvram.memory.policy import PRECISIONS, MemoryPolicy, PhasePolicy
 from lowvram.phase import MicroBatch, Phase, as_tensors, count_samples
-from lowvram.planner import make
+from lowvram.planner import cards, make
 from lowvram.planner.cards import Card
 from lowvram.planner.fake_weights import FakeWeights
 from lowvram.planner.options import LOSSES, ROUNDINGS, Fixed
@@ -92,7 +92,7 @@ def plan_memory(
         name=name,
         batch=max(phase.samples for phase in phases),
         kimg=kimg,
-        structure=Structure(precision=autocast),
+        structure=Structure(precision=autocast, triton=cards.runs_triton(where.card)),
         fixed=Fixed(phases=whole),
         plain=MemoryPolicy(
             precision=autocast, phases={phase.name: PhasePolicy(micro_batch=phase.samples) for phase in phases}

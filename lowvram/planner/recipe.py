@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from lowvram.errors import LowVRAMError
 from lowvram.memory.policy import MemoryPolicy
 from lowvram.phase import MicroBatch, Phase
-from lowvram.planner import make
+from lowvram.planner import cards, make
 from lowvram.planner.cards import Card
 from lowvram.planner.options import LOSSES, ROUNDINGS, Fixed, check_allowed
 from lowvram.planner.own import autocast_for
@@ -101,6 +101,7 @@ def _request(settings: Settings, changes: tuple[str, ...], card: Card, processes
             precision=precision,
             fsdp=settings.memory.fsdp,
             processes=processes,
+            triton=cards.runs_triton(card, settings.kernels),
         ),
         fixed=fixed_by(settings),
         plain=with_micro_batches(

@@ -45,13 +45,16 @@ class Subject:
 
 
 @contextmanager
-def fake_card(mode: FakeTensorMode | None = None) -> Iterator[FakeTensorMode]:
-    """Within, tensors on the CPU are fake and stand for a card's. mode: of fakes from before, to go on with them."""
+def fake_card(mode: FakeTensorMode | None = None, *, triton: bool = False) -> Iterator[FakeTensorMode]:
+    """Within, tensors on the CPU are fake and stand for a card's.
+
+    mode: of fakes from before, to go on with them. triton: whether the card runs Triton's kernels.
+    """
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         # Of networks that copy themselves as they are made; nothing is read from what is copied here.
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
-        stack.enter_context(standin.cuda())
+        stack.enter_context(standin.cuda(triton))
         stack.enter_context(cuda_autocast_on_cpu())
         stack.enter_context(mock.patch.object(nn.Module, "to", _to))
         yield stack.enter_context(mode or FakeTensorMode(allow_non_fake_inputs=True))

@@ -34,7 +34,8 @@ class Structure:
     """What of a policy changes the operations of a phase, beside its activations.
 
     weights: of all optimizers, on the device or streamed. weights_dtype, precision, attention, fsdp: as in
-    MemoryPolicy. processes: that share each step, a card for each; a plan is for one of them.
+    MemoryPolicy. processes: that share each step, a card for each; a plan is for one of them. triton: whether the card
+    runs Triton's kernels.
     """
 
     weights: str = "device"
@@ -43,9 +44,10 @@ class Structure:
     attention: str = "sdpa"
     fsdp: str = "none"
     processes: int = 1
+    triton: bool = False
 
     @classmethod
-    def of(cls, policy: MemoryPolicy, *, processes: int = 1) -> "Structure":
+    def of(cls, policy: MemoryPolicy, *, processes: int = 1, triton: bool = False) -> "Structure":
         """The structure of a policy whose optimizers agree in it."""
         one = next(iter(policy.optimizers.values()), OptimizerPolicy())
         return cls(
@@ -55,6 +57,7 @@ class Structure:
             attention=policy.attention,
             fsdp=policy.fsdp,
             processes=processes,
+            triton=triton,
         )
 
     @property
@@ -174,7 +177,8 @@ class Tracer:
         collects = gc.isenabled()
         gc.disable()  # what is alive must not depend on when it runs
         try:
-            with fake_card(self._fakes), _processes(self.structure, self.recorder), self.recorder.recording():
+            card = fake_card(self._fakes, triton=self.structure.triton)
+            with card, _processes(self.structure, self.recorder), self.recorder.recording():
                 yield
         finally:
             if collects:
@@ -381,7 +385,7 @@ def _peak(piece: Piece) -> int:
 def tracer(build: Callable[[], Subject], structure: Structure) -> Iterator[Tracer]:
     """A subject built on fake tensors, and what records its pieces. Only within `Tracer.active` are tensors fake."""
     with pretended.process_group(structure.processes) if structure.sharded else nullcontext():
-        with fake_card() as fakes:
+        with fake_card(triton=structure.triton) as fakes:
             subject = build()
             recorder = Recorder({}, fakes)
             with _processes(structure, recorder):

@@ -9,6 +9,7 @@ from lowvram.errors import LowVRAMError
 from lowvram.settings.checks import at_least, check_resolution, one_of, parse_bytes
 
 PRECISIONS = ("auto", "fp32", "fp16", "bf16")
+KERNELS = ("auto", "reference", "triton")
 LOGGERS = ("none", "tensorboard", "wandb")
 MEMORY_CHOICES = {
     "activations": ("keep", "recompute", "offload"),
@@ -110,6 +111,7 @@ class Settings:
     data: DataSettings
     micro_batch: Any
     memory: MemorySettings
+    kernels: str = "auto"  # run folders from before there was a choice mean this
     overrides: list[str] = field(default_factory=list)  # the settings that the user named, in dotted form
 
     def __post_init__(self) -> None:
@@ -123,6 +125,7 @@ class Settings:
                 raise LowVRAMError(f"{name}={getattr(self, name)} must be above 0.", "It counts thousands of images.")
         one_of("logger", self.logger, LOGGERS)
         one_of("precision", self.precision, PRECISIONS)
+        one_of("kernels", self.kernels, KERNELS)
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", self.device):
             raise LowVRAMError(f"device={self.device} is not known.", "Use auto, cpu, cuda or cuda:N.")
         if self.vram is not None:

@@ -16,6 +16,7 @@ from lowvram import checkpoint as checkpoints
 from lowvram.data import ImageSet, open_dataset
 from lowvram.ema import ExponentialMovingAverage
 from lowvram.errors import LowVRAMError
+from lowvram.kernels import dispatch
 from lowvram.phase import Phase
 from lowvram.run import Run
 from lowvram.settings import Settings
@@ -143,7 +144,11 @@ def task_class(settings: Settings) -> type[Task]:
 
 
 def build_task(settings: Settings, device: torch.device, folder: Path | None = None) -> Task:
-    """The task that a recipe names, with freshly initialised networks on the device. folder: of its run."""
+    """The task that a recipe names, with freshly initialised networks on the device. folder: of its run.
+
+    Networks choose their kernels by the recipe's setting from now on, in this process.
+    """
+    dispatch.use(settings.kernels)
     return task_class(settings)(settings, device, folder)
 
 

@@ -284,3 +284,10 @@ def test_a_real_card() -> None:
     for listed in with_table:
         assert 0.5 < card.bandwidth_bytes_per_second / listed.bandwidth_bytes_per_second < 1.1
         assert 0.4 < card.half_flops / listed.half_flops < 1.15
+
+
+def test_plans_take_triton_where_its_makers_support_it() -> None:
+    assert not cards.runs_triton(cards.find("RTX 2060"))  # sm_75: tried on the card itself
+    assert cards.runs_triton(cards.find("RTX 3060"))
+    assert cards.runs_triton(cards.find("RTX 2060"), "triton")
+    assert not cards.runs_triton(cards.find("RTX 3060"), "reference")
