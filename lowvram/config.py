@@ -78,7 +78,12 @@ def to_settings(composed: DictConfig, overrides: list[str]) -> Settings:
     plain: dict[str, Any] = {str(key): value for key, value in values.items() if key != "hydra"}
     names = [o.lstrip("+~").split("=")[0] for o in overrides]
     plain["overrides"] = [n for n in names if n != "recipe" and not n.startswith("hydra.")]
-    return settings_from(plain)
+    settings = settings_from(plain)
+    if settings.weights is None:
+        return settings
+    from lowvram.tasks import task_class  # with torch, which no command needs that only looks at settings
+
+    return task_class(settings).with_shape_of_weights(settings)
 
 
 def settings_from(values: dict[str, Any]) -> Settings:

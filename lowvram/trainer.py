@@ -94,6 +94,8 @@ class Trainer:
         self.task = build_task(self.chosen.settings, self.device, folder)
         self.task.say = self.progress.say
         self.task.prepare_training()
+        if self.recipe.weights is not None and start.checkpoint is None:
+            self.task.load_weights(Path(self.recipe.weights).expanduser())
         self._check_processes()
         self.loader = self._make_loader()
         self._skipped: set[str] = set()

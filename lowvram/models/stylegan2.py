@@ -410,3 +410,21 @@ def _dtypes(
     sizes = [2**i for i in range(2, resolution.bit_length())]
     half = set(sizes[len(sizes) - min(num_fp16_res, len(sizes) - 1) :])  # all but 4x4 at most
     return {res: half_dtype if res in half else torch.float32 for res in sizes}
+
+
+def freeze_layers(discriminator: Discriminator, count: int) -> None:
+    """Let the first `count` layers keep their values: they become buffers (FreezeD, Mo et al. 2020, arXiv 2002.10964).
+
+    Layers are counted from the image on: the top block's fromrgb, conv0, conv1 and skip, the next block's conv0, ...
+    State-dict keys stay as they are. Raises LowVRAMError if there are fewer layers.
+    """
+    blocks = [block for block in discriminator.blocks().values() if isinstance(block, DiscriminatorBlock)]
+    layers = [layer for block in blocks for layer in block.children()]
+    if count > len(layers):
+        raise LowVRAMError(
+            f"freeze_d={count}: the discriminator has {len(layers)} layers.", "Use a usual 10, or fewer."
+        )
+    for layer in layers[:count]:
+        for name, parameter in list(layer.named_parameters(recurse=False)):
+            delattr(layer, name)
+            layer.register_buffer(name, parameter.detach())

@@ -111,7 +111,8 @@ class Settings:
     data: DataSettings
     micro_batch: Any
     memory: MemorySettings
-    kernels: str = "auto"  # run folders from before there was a choice mean this
+    kernels: str = "auto"  # run folders from before there was a choice mean this, here and below
+    weights: str | None = None
     overrides: list[str] = field(default_factory=list)  # the settings that the user named, in dotted form
 
     def __post_init__(self) -> None:

@@ -136,8 +136,10 @@ class StyleGAN2Settings(Settings):
     ema: EmaSettings
     augment: AugmentSettings
     micro_batch: MicroBatchSettings
+    freeze_d: int = 0
 
     def __post_init__(self) -> None:
+        at_least("freeze_d", self.freeze_d, 0)
         group = self.model.mbstd_group_size
         at_least("batch", self.batch, 1)
         if self.batch % group:

@@ -90,6 +90,22 @@ class Task(ABC):
     def write_beside(self, folder: Path) -> None:  # noqa: B027 - a task may have nothing to write
         """Write into the run's folder what it keeps once, beside its checkpoints."""
 
+    @classmethod
+    def with_shape_of_weights(cls, settings: Settings) -> Settings:
+        """The recipe with the networks' shape as in the file that `settings.weights` names.
+
+        Raises:
+            LowVRAMError: it can't be read, or contradicts what the user set.
+        """
+        raise LowVRAMError(
+            f"weights={settings.weights} is for StyleGAN2 alone, and the recipe trains task={settings.task}.",
+            "Leave weights out, or use a recipe such as faces256.",
+        )
+
+    def load_weights(self, path: Path) -> None:
+        """Begin with the weights of a file, once `prepare_training` has made the networks."""
+        raise NotImplementedError(f"{type(self).__name__} reads no weights")
+
     @abstractmethod
     def prepare_training(self) -> None:
         """Build what only training needs: phases, optimizers, averages."""

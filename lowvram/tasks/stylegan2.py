@@ -4,6 +4,7 @@ Papers: StyleGAN2 arXiv 1912.04958, ADA arXiv 2006.06676.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,13 +14,16 @@ from torch.nn import functional as F
 
 from lowvram import seeded, standin
 from lowvram.ema import ExponentialMovingAverage
+from lowvram.errors import LowVRAMError
 from lowvram.models.augment import AugmentPipe, adapt
-from lowvram.models.stylegan2 import Discriminator, Generator
+from lowvram.models.stylegan2 import Discriminator, Generator, freeze_layers
 from lowvram.objectives import adversarial
 from lowvram.phase import MicroBatch, Phase
 from lowvram.sampling import gan
-from lowvram.settings import StyleGAN2Settings
+from lowvram.settings import Settings, StyleGAN2Settings
 from lowvram.tasks import Task
+from lowvram.weights import stylegan2 as weights
+from lowvram.weights import stylegan_pickle
 
 
 class StyleGAN2Task(Task):
@@ -51,6 +55,7 @@ class StyleGAN2Task(Task):
             **self._precision(),
         )
         self.D.to(self.device).requires_grad_(False)
+        freeze_layers(self.D, settings.freeze_d)
         self.augment = self._augment_pipe()
         self.path_length_mean = torch.zeros([], device=self.device)
         self._real_sign = torch.zeros([], device=self.device)  # mean of sign(D(real)), summed over D steps
@@ -100,6 +105,47 @@ class StyleGAN2Task(Task):
                 self.G, self.G_ema, half_life_kimg=settings.ema.half_life_kimg, rampup=settings.ema.rampup
             )
         ]
+
+    @classmethod
+    def with_shape_of_weights(cls, settings: Settings) -> Settings:
+        assert isinstance(settings, StyleGAN2Settings) and settings.weights is not None
+        path = Path(settings.weights).expanduser()
+        published = weights.shape(path, stylegan_pickle.read(path))
+        if published["resolution"] != settings.resolution:
+            raise LowVRAMError(
+                f"weights={path} makes images of {published['resolution']} pixels, and resolution={settings.resolution}.",
+                f"Use resolution={published['resolution']}, or a recipe of that size.",
+            )
+        model = settings.model
+        for name, value in published.items():
+            group, _, key = name.partition(".")
+            if group != "model" or getattr(model, key) == value:
+                continue
+            if name in settings.overrides:
+                raise LowVRAMError(
+                    f"{name}={getattr(model, key)} is not the {value} of weights={path}.", f"Leave {name} out."
+                )
+            model = replace(model, **{key: value})
+        return replace(settings, model=model)
+
+    def load_weights(self, path: Path) -> None:
+        published = stylegan_pickle.read(path)
+        classes = weights.shape(path, published).get("c_dim", 0)
+        if classes != self.c_dim:
+            raise LowVRAMError(
+                f"weights={path} knows {classes} classes, and the data has {self.c_dim}.",
+                "Use data of as many classes (data.labels=true), or weights without any (data.labels=false).",
+            )
+        averaged, trained = (published.get(name) for name in ("G_ema", "G"))
+        for name, network, source in (
+            ("G", self.G, trained or averaged),
+            ("G_ema", self.G_ema, averaged or trained),
+            ("D", self.D, published.get("D")),
+        ):
+            if source is None:
+                self.say(f"weights={path} has no {name}, which starts from random weights")
+            else:
+                weights.load(path, name, source, network)
 
     # The four losses. Each returns a mean over the micro-batch; the phase's interval is applied by the trainer.
 
