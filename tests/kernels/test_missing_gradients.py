@@ -23,12 +23,13 @@ class _Fork(torch.autograd.Function):
         return dx, dy
 
 
-@pytest.mark.parametrize("kernel", ["bias_act", "conv2d", "downsample2d", "running_weight"])
+@pytest.mark.parametrize("kernel", ["bias_act", "bias_act by Triton", "conv2d", "downsample2d", "running_weight"])
 def test_a_missing_gradient_stays_missing(kernel: str) -> None:
     leaf = torch.randn(2, 2, 4, 4, requires_grad=True)
     used = torch.randn(2, 2, 4, 4, requires_grad=True)
     unreached = {
         "bias_act": lambda: bias_act(leaf * 1, torch.zeros(2), act="lrelu"),
+        "bias_act by Triton": lambda: bias_act(leaf * 1, torch.zeros(2), act="lrelu", impl="triton"),
         "conv2d": lambda: conv2d(leaf, torch.randn(2, 2, 3, 3), padding=1),
         "downsample2d": lambda: downsample2d(leaf, make_filter()),
         "running_weight": lambda: running_weight(leaf, used, 2.0),
