@@ -96,19 +96,24 @@ def _grid(y: Tensor) -> tuple[int, int]:
 
 
 def _forward_torch(x: Tensor, gelu: bool) -> Tensor:
-    return plain(x, "gelu" if gelu else "silu")
+    first, second = x.chunk(2, dim=-1)
+    return F.gelu(second).mul_(first) if gelu else F.silu(first).mul_(second)
 
 
 def _backward_torch(dy: Tensor, x: Tensor, gelu: bool) -> Tensor:
+    """No temporary tensor: each half of the result is worked on where it will stay."""
     first, second = x.chunk(2, dim=-1)
     dx = torch.empty_like(x)
     d_first, d_second = dx.chunk(2, dim=-1)
+    aten = torch.ops.aten
     if gelu:
-        torch.mul(dy, F.gelu(second), out=d_first)
-        d_second.copy_(torch.ops.aten.gelu_backward(dy * first, second))
+        aten.gelu.out(second, out=d_first).mul_(dy)
+        torch.mul(dy, first, out=d_second)
+        aten.gelu_backward.grad_input(d_second, second, grad_input=d_second)
     else:
-        torch.mul(dy, F.silu(first), out=d_second)
-        d_first.copy_(torch.ops.aten.silu_backward(dy * second, first))
+        aten.silu.out(first, out=d_second).mul_(dy)
+        torch.mul(dy, second, out=d_first)
+        aten.silu_backward.grad_input(d_first, first, grad_input=d_first)
     return dx
 
 

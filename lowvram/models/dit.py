@@ -13,6 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lowvram.errors import LowVRAMError
+from lowvram.kernels.adaln import adaln, gated_residual
+from lowvram.kernels.rms_norm import rms_norm
+from lowvram.kernels.rms_norm_rotate import rms_norm_rotate
+from lowvram.kernels.swiglu import swiglu
 
 NORM_EPS = 1e-6
 ROTARY_BASE = 100.0  # for images, whose axes are tens of tokens long (arXiv 2403.13298, section 3.2)
@@ -44,13 +48,6 @@ def rotations(height: int, width: int, head_dim: int, device: torch.device | str
     return torch.stack([angles.cos(), angles.sin()])
 
 
-def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Turn the pairs (x[i], x[i + d / 2]) of x [..., T, d] by `rotation` [2, T, d / 2], in fp32; the dtype is x's."""
-    cos, sin = rotation
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1).to(x.dtype)
-
-
 def hidden_width(dim: int, mlp_ratio: float) -> int:
     """Of a gated MLP with the parameters of a plain one of width mlp_ratio * dim (arXiv 2002.05202, section 3.1)."""
     return HIDDEN_MULTIPLE * math.ceil(2 * mlp_ratio * dim / 3 / HIDDEN_MULTIPLE)
@@ -66,20 +63,19 @@ def check_heads(dim: int, heads: int) -> None:
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x), times a weight where there is one, over the last dimension; statistics in fp32, result in x's dtype.
+    """x / rms(x) * weight over the last dimension; statistics in fp32, result in x's dtype.
 
-    Keeps x and a number for each row for the backward. torch's own would keep x in fp32: autocast widens its input.
+    rotation: as `rotations` gives it, to turn the pairs (i, i + d / 2) of x [..., T, d] by; or None.
     """
 
-    def __init__(self, dim: int, *, weighted: bool = True) -> None:
+    def __init__(self, dim: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim)) if weighted else None
+        self.weight = nn.Parameter(torch.ones(dim))
 
-    def forward(self, x: Tensor) -> Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
-        x = (x * torch.rsqrt(norm.square() / x.shape[-1] + NORM_EPS)).to(x.dtype)
-        return x if self.weight is None else x * self.weight.to(x.dtype)
+    def forward(self, x: Tensor, rotation: Tensor | None = None) -> Tensor:
+        if rotation is None:
+            return rms_norm(x, self.weight, NORM_EPS)
+        return rms_norm_rotate(x, self.weight, rotation, NORM_EPS)
 
 
 class Attention(nn.Module):
@@ -98,10 +94,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rotation: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, heads, T, d]
-        q, k = self.q_norm(q), self.k_norm(k)
-        if rotation is not None:
-            q, k = rotate(q, rotation), rotate(k, rotation)
-        return self.out(_attend(q, k, v, mask))
+        return self.out(_attend(self.q_norm(q, rotation), self.k_norm(k, rotation), v, mask))
 
 
 class CrossAttention(nn.Module):
@@ -141,8 +134,7 @@ class SwiGLU(nn.Module):
         self.down = nn.Linear(hidden, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+        return self.down(swiglu(self.gate_up(x)))
 
 
 class DiTBlock(nn.Module):
@@ -153,12 +145,10 @@ class DiTBlock(nn.Module):
 
     def __init__(self, dim: int, heads: int, hidden: int, context_dim: int | None = None) -> None:
         super().__init__()
-        self.norm1 = RMSNorm(dim, weighted=False)
         self.attention = Attention(dim, heads)
         if context_dim is not None:
             self.cross_norm = RMSNorm(dim)
             self.cross_attention = CrossAttention(dim, heads, context_dim)
-        self.norm2 = RMSNorm(dim, weighted=False)
         self.mlp = SwiGLU(dim, hidden)
         self.modulation = nn.Linear(dim, 6 * dim)
 
@@ -166,10 +156,10 @@ class DiTBlock(nn.Module):
         self, x: Tensor, condition: Tensor, rotation: Tensor, context: Tensor | None = None, mask: Tensor | None = None
     ) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition)[:, None].chunk(6, dim=-1)
-        x = x + gate1 * self.attention(self.norm1(x) * (1 + scale1) + shift1, rotation)
+        x = gated_residual(x, self.attention(adaln(x, scale1, shift1, NORM_EPS), rotation), gate1)
         if context is not None:
             x = x + self.cross_attention(self.cross_norm(x), context, mask)
-        return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
+        return gated_residual(x, self.mlp(adaln(x, scale2, shift2, NORM_EPS)), gate2)
 
 
 class DiT(nn.Module):
@@ -231,7 +221,6 @@ class DiT(nn.Module):
             self.size_embed = nn.Sequential(nn.Linear(6 * SINUSOIDS, dim), nn.SiLU(), nn.Linear(dim, dim))
         hidden = hidden_width(dim, mlp_ratio)
         self.layers = nn.ModuleList(DiTBlock(dim, heads, hidden, context_dim) for _ in range(depth))
-        self.final_norm = RMSNorm(dim, weighted=False)
         self.final_modulation = nn.Linear(dim, 2 * dim)
         self.final = nn.Linear(dim, out_channels * patch**2)
         self._initialise()
@@ -273,7 +262,7 @@ class DiT(nn.Module):
         for layer in self.layers:
             tokens = layer(tokens, condition, rotation, context, context_mask)
         shift, scale = self.final_modulation(condition)[:, None].chunk(2, dim=-1)
-        tokens = self.final(self.final_norm(tokens) * (1 + scale) + shift)  # [B, T, C patch^2]
+        tokens = self.final(adaln(tokens, scale, shift, NORM_EPS))  # [B, T, C patch^2]
         return self._image(tokens, height, width).to(x.dtype)
 
     def _condition(
