@@ -3,14 +3,18 @@
 A convolution is linear in x and in w, so its derivatives of every order are built of three maps: convolution,
 transposed convolution and weight gradient; here each is differentiated by the other two. PyTorch's own second
 derivative takes the weight's part by a convolution with kernels as large as the image (1.5 to 3 times slower), and a
-style applied outside would keep style * x as well as x.
+style applied outside would keep style * x as well as x. The convolutions are PyTorch's own; style * x and its
+backward are a Triton kernel each where there is Triton (see `modulated_conv`).
 """
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from lowvram.kernels.dispatch import Impl, runs_triton
+from lowvram.kernels.modulated_conv import fits_triton, modulate, modulate_backward
 
 
 class _Geometry(NamedTuple):
@@ -43,7 +47,7 @@ def _convolve(x: Tensor, w: Tensor, geometry: _Geometry) -> Tensor:
     return torch.convolution(x, w, None, [stride] * 2, [padding] * 2, [1, 1], transposed, list(output_padding), 1)
 
 
-def reference(
+def plain(
     x: Tensor, w: Tensor, style: Tensor | None = None, stride: int = 1, padding: int = 0, transposed: bool = False
 ) -> Tensor:
     """The meaning, differentiable by autograd to any order."""
@@ -60,27 +64,32 @@ class _Convolve(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, w: Tensor, style: Tensor | None, proxy: Tensor | None, geometry: _Geometry
+        ctx: Any, x: Tensor, w: Tensor, style: Tensor | None, proxy: Tensor | None, geometry: _Geometry, triton: bool
     ) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.geometry, ctx.adjoint = geometry, geometry.adjoint(x)
+        ctx.adjoint, ctx.triton = geometry.adjoint(x), triton
         ctx.save_for_backward(x if style is not None else None, w, style)
-        return _convolve(x if style is None else x * style[:, :, None, None], w, geometry)
+        return _convolve(x if style is None else modulate(x, style, triton), w, geometry)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         x, w, style = ctx.saved_tensors
         (dy,) = grads
         if dy is None:
-            return (None,) * 5
+            return (None,) * 6
+        needs_x, _, needs_style, needs_proxy, _, _ = ctx.needs_input_grad
         dx = dstyle = None
-        if ctx.needs_input_grad[0] or ctx.needs_input_grad[2]:
-            dx = _conv(dy, w, None, ctx.adjoint)
-            if style is not None:
-                if ctx.needs_input_grad[2]:
-                    dstyle = (dx * x).sum((2, 3))
-                dx = dx * style[:, :, None, None] if ctx.needs_input_grad[0] else None
-        return dx, None, dstyle, dy if ctx.needs_input_grad[3] else None, None
+        if needs_x or needs_style:
+            dx = _conv(dy, w, None, ctx.adjoint, ctx.triton)  # by style * x
+        if style is not None and dx is not None:
+            if torch.is_grad_enabled():  # a second derivative will want dx as it is
+                dstyle = (dx * x).sum((2, 3)) if needs_style else None
+                dx = dx * style[:, :, None, None]
+            elif needs_style:
+                dx, dstyle = modulate_backward(dx, x, style, needs_x, ctx.triton)
+            else:
+                dx = dx.mul_(style[:, :, None, None])
+        return dx if needs_x else None, None, dstyle, dy if needs_proxy else None, None, None
 
 
 class _WeightProxy(torch.autograd.Function):
@@ -88,34 +97,34 @@ class _WeightProxy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, w: Tensor, inputs: tuple[Tensor, Tensor | None], shape: list[int], geometry: _Geometry
+        ctx: Any, w: Tensor, inputs: tuple[Tensor, Tensor | None], shape: list[int], geometry: _Geometry, triton: bool
     ) -> Tensor:
         # x and style come in a tuple, so that this node is no way to x: it would run where only x is asked for.
         ctx.set_materialize_grads(False)
-        ctx.geometry = geometry
+        ctx.geometry, ctx.triton = geometry, triton
         ctx.save_for_backward(*inputs)
         return w.new_zeros(()).expand(shape)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None, None, None]:
         x, style = ctx.saved_tensors
         (dy,) = grads
         if dy is None:
-            return None, None, None, None
-        if style is not None:
-            x = x * style[:, :, None, None]  # again, rather than kept
-        plain = ctx.geometry._replace(transposed=False, output_padding=(0, 0))
-        dw = _WeightGrad.apply(x, dy, plain) if ctx.geometry.transposed else _WeightGrad.apply(dy, x, plain)
-        return dw, None, None, None
+            return None, None, None, None, None
+        if style is not None:  # again, rather than kept
+            x = x * style[:, :, None, None] if torch.is_grad_enabled() else modulate(x, style, ctx.triton)
+        straight = ctx.geometry._replace(transposed=False, output_padding=(0, 0))
+        dy, x = (x, dy) if ctx.geometry.transposed else (dy, x)
+        return _WeightGrad.apply(dy, x, straight, ctx.triton), None, None, None, None
 
 
 class _WeightGrad(torch.autograd.Function):
     """d(sum(dy * conv(x, w))) / dw for a plain convolution: dy [B, O, h, w], x [B, I, H, W] -> [O, I, k, k]."""
 
     @staticmethod
-    def forward(ctx: Any, dy: Tensor, x: Tensor, geometry: _Geometry) -> Tensor:
+    def forward(ctx: Any, dy: Tensor, x: Tensor, geometry: _Geometry, triton: bool) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.geometry = geometry
+        ctx.geometry, ctx.triton = geometry, triton
         ctx.save_for_backward(dy, x)
         kernel, stride, padding, _, _ = geometry
         w = dy.new_empty(dy.shape[1], x.shape[1], kernel, kernel)  # only its shape is read
@@ -124,22 +133,22 @@ class _WeightGrad(torch.autograd.Function):
         )[1]
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, Tensor | None, None, None]:
         dy, x = ctx.saved_tensors
         (dw,) = grads
         if dw is None:
-            return None, None, None
-        d_dy = _conv(x, dw, None, ctx.geometry) if ctx.needs_input_grad[0] else None
-        dx = _conv(dy, dw, None, ctx.geometry.adjoint(x)) if ctx.needs_input_grad[1] else None
-        return d_dy, dx, None
+            return None, None, None, None
+        d_dy = _conv(x, dw, None, ctx.geometry, ctx.triton) if ctx.needs_input_grad[0] else None
+        dx = _conv(dy, dw, None, ctx.geometry.adjoint(x), ctx.triton) if ctx.needs_input_grad[1] else None
+        return d_dy, dx, None, None
 
 
-def _conv(x: Tensor, w: Tensor, style: Tensor | None, geometry: _Geometry) -> Tensor:
+def _conv(x: Tensor, w: Tensor, style: Tensor | None, geometry: _Geometry, triton: bool) -> Tensor:
     proxy = None
     if w.requires_grad and torch.is_grad_enabled():
         shape = [x.shape[0], w.shape[1 if geometry.transposed else 0], *geometry.output_size(x)]
-        proxy = _WeightProxy.apply(w, (x, style), shape, geometry)
-    return _Convolve.apply(x, w, style, proxy, geometry)
+        proxy = _WeightProxy.apply(w, (x, style), shape, geometry, triton)
+    return _Convolve.apply(x, w, style, proxy, geometry, triton)
 
 
 def conv2d(
@@ -150,7 +159,7 @@ def conv2d(
     stride: int = 1,
     padding: int = 0,
     transposed: bool = False,
-    impl: Literal["auto", "reference"] = "auto",
+    impl: Impl = "auto",
 ) -> Tensor:
     """Convolution (a correlation, as everywhere in PyTorch) of style * x; exact first and second derivatives.
 
@@ -159,8 +168,7 @@ def conv2d(
     """
     if w.ndim != 4 or w.shape[2] != w.shape[3] or x.ndim != 4 or x.shape[1] != w.shape[0 if transposed else 1]:
         raise ValueError(f"x {tuple(x.shape)} and w {tuple(w.shape)} don't fit a convolution with a square kernel")
-    if impl == "reference":
-        return reference(x, w, style, stride, padding, transposed)
-    if impl != "auto":
-        raise ValueError(f'impl={impl!r} is not known; use "auto" or "reference"')
-    return _conv(x, w, style, _Geometry(w.shape[2], stride, padding, transposed))
+    if style is not None and style.shape != x.shape[:2]:
+        raise ValueError(f"style {tuple(style.shape)} must be [B, I] of x {tuple(x.shape)}")
+    triton = runs_triton(impl, x) and style is not None and fits_triton(x)
+    return _conv(x, w, style, _Geometry(w.shape[2], stride, padding, transposed), triton)

@@ -15,8 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lowvram.kernels.dispatch import runs_triton
 from lowvram.kernels.grid_sample import sample_adjoint, sample_map
 from lowvram.kernels.linear_map import linear_map
+from lowvram.kernels.upfirdn2d import upfirdn2d
 
 # The orthogonal low-pass filters of the symlet wavelets (Daubechies, Ten Lectures on Wavelets, table 8.3): unit norm,
 # orthogonal to their own shifts by two, sum sqrt(2).
@@ -135,8 +137,7 @@ def _warp(images: Tensor, theta: Tensor) -> Tensor:
     height, width = images.shape[2:]
     grid = _source_grid(theta, height, width)
     padded = _reflect(_reflect(images, 2, _MARGIN), 3, _MARGIN)
-    up = _upsample(padded, math.sqrt(2))  # [B, C, 2H + 14, 2W + 14]
-    up = up[:, :, :-_UP_SPARE, :-_UP_SPARE].contiguous()  # [B, C, 2H + 13, 2W + 13]: 7 beyond the outermost pixels
+    up = _upsample(padded, math.sqrt(2), _UP_SPARE)  # [B, C, 2H + 13, 2W + 13]: 7 beyond the outermost pixels
     moved = sample_map(up, grid, padding_mode="border", align_corners=True)  # [B, C, 2H + 10, 2W + 10]
     del up, grid
     return _downsample(moved, 1 / math.sqrt(2))
@@ -184,11 +185,16 @@ def _mirrored(at: Tensor, half: int) -> Tensor:
     return folded.mul_(half / (half + _UP_MARGIN)).add_(_LAG / (half + _UP_MARGIN))
 
 
-def _upsample(x: Tensor, gain: float) -> Tensor:
+def _upsample(x: Tensor, gain: float, spare: int = 0) -> Tensor:
     """Twofold zero-stuffing and SYM6 along both axes, where it fits: [B, C, H, W] -> [B, C, 2H - 10, 2W - 10].
 
-    Each of the four phases is a depth-wise convolution of its own; one with four outputs a plane is slower on a CPU.
+    spare: so many pixels fewer at the end of each axis. In PyTorch each of the four phases is a depth-wise convolution
+    of its own (one with four outputs a plane is slower on a CPU), in Triton each axis a pass.
     """
+    if runs_triton("auto", x):
+        taps = _sym6(gain, x)
+        x = upfirdn2d(x, taps[None], up=(1, 2), padding=(1, -spare, 0, 0))
+        return upfirdn2d(x, taps[:, None], up=(2, 1), padding=(0, 0, 1, -spare))
     batch, channels, height, width = x.shape
     planes = batch * channels
     taps = _sym6(gain, x).view(_HALF, 2).t().flip(1)  # [2, 6]: for the even and for the odd pixels
@@ -200,7 +206,8 @@ def _upsample(x: Tensor, gain: float) -> Tensor:
             phases.append(F.conv2d(planes_first, kernel, groups=planes)[0])
     y = torch.stack(phases, dim=1).unflatten(1, (2, 2))  # [B C, 2, 2, H - 5, W - 5]
     y = y.permute(0, 3, 1, 4, 2)  # rows and columns interleaved
-    return y.reshape(batch, channels, 2 * (height - _HALF + 1), 2 * (width - _HALF + 1))
+    y = y.reshape(batch, channels, 2 * (height - _HALF + 1), 2 * (width - _HALF + 1))
+    return y[:, :, :-spare, :-spare].contiguous() if spare else y
 
 
 def _downsample(x: Tensor, gain: float) -> Tensor:
@@ -208,6 +215,9 @@ def _downsample(x: Tensor, gain: float) -> Tensor:
     batch, channels, height, width = x.shape
     planes = batch * channels
     taps = _sym6(gain, x)
+    if runs_triton("auto", x):
+        turned = taps.flip(0)  # as upfirdn2d convolves
+        return upfirdn2d(upfirdn2d(x, turned[None], down=(1, 2)), turned[:, None], down=(2, 1))
     kernel = torch.outer(taps, taps).expand(planes, 1, -1, -1)  # [B C, 1, 12, 12]
     y = F.conv2d(x.reshape(1, planes, height, width), kernel, stride=2, groups=planes)
     return y.view(batch, channels, *y.shape[2:])

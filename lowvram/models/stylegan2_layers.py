@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lowvram import seeded, standin
 from lowvram.kernels.bias_act import Activation, bias_act
 from lowvram.kernels.conv2d import conv2d
+from lowvram.kernels.modulated_conv import kernel_energy
 from lowvram.kernels.upfirdn2d import downsample2d, make_filter, upfirdn2d
 
 NoiseMode = Literal["random", "const", "none"]
@@ -66,7 +67,7 @@ def demodulation(weight: Tensor, style: Tensor) -> Tensor:
     Scaling the inputs by the style and the outputs by this is the same function as a kernel for each sample, and keeps
     one ordinary convolution for the batch. The sum over the kernel is shared by the samples: one small product.
     """
-    return (style.square() @ weight.square().sum((2, 3)).T + 1e-8).rsqrt()
+    return (style.square() @ kernel_energy(weight).T + 1e-8).rsqrt()
 
 
 def normalise_for_half(weight: Tensor, style: Tensor) -> tuple[Tensor, Tensor]:

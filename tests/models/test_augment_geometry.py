@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lowvram.kernels import dispatch
 from lowvram.models import augment_geometry as geometry
 
 
@@ -79,6 +80,18 @@ def test_shrinking_far_repeats_the_mirrored_image() -> None:
     expected = 1 - 2 * ((at + 0.5) % 2 - 1).abs()
     assert (out - expected).abs().mean() < 0.1
     assert expected.std() > 0.5
+
+
+def test_warping_by_triton_is_the_same_map_with_the_same_gradient() -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    image = torch.randn(1, 1, 5, 8, dtype=torch.float64, device=device, requires_grad=True)
+    turn = geometry.rotate(scalar(0.3)) @ geometry.translate(scalar(1.5), scalar(-0.25))
+    results = []
+    for impl in ("reference", "triton"):
+        with dispatch.using(impl):
+            y = geometry.warp(image, turn)
+            results.append((y, *torch.autograd.grad(y.square().sum(), image)))
+    torch.testing.assert_close(results[0], results[1])
 
 
 def test_the_bands_split_the_spectrum() -> None:
