@@ -10,16 +10,16 @@ import json
 import statistics
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any, TypedDict
 
 import torch
 
 from benchmarks import workloads
+from benchmarks.device import DevicePeak, order_by_bus
 from benchmarks.workloads import Workload
 from lowvram.errors import LowVRAMError
 from lowvram.memory import guard
@@ -56,7 +56,7 @@ def apart(asked: dict[str, Any]) -> dict[str, Any]:
 def measure(asked: Asked) -> dict[str, Any]:
     """Peaks by part of a step, of the device too where there is one, and the seconds of a step."""
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    watch = _Device(device)
+    watch = DevicePeak(device)
     if asked["vram_bytes"] is not None:
         guard.cap(asked["vram_bytes"], device)
     memory = LiveBytes() if device.type == "cpu" else None
@@ -70,8 +70,13 @@ def measure(asked: Asked) -> dict[str, Any]:
                 _run(runs[name], parts.setdefault(name, {"seconds": []}), device, memory)
                 watch.look()
     for part in parts.values():
-        part["seconds"] = statistics.median(part["seconds"][1:])  # the first loads kernels
-    result = {"parts": parts, "seconds": sum(parts[name]["seconds"] / n for name, n in every.items() if name in parts)}
+        part["runs_seconds"] = part["seconds"][1:]  # the first loads kernels
+        part["seconds"] = statistics.median(part["runs_seconds"])
+    result = {
+        "parts": parts,
+        "every": every,
+        "seconds": sum(parts[name]["seconds"] / n for name, n in every.items() if name in parts),
+    }
     if device.type == "cuda":
         result |= {"device_bytes": watch.peak_bytes, "device_by": watch.by}
     return result
@@ -98,61 +103,9 @@ def _run(run: Callable[[], None], part: dict[str, Any], device: torch.device, me
     part["live_bytes"] = max(part.get("live_bytes", 0), live)
 
 
-class _Device:
-    """What is in use of the whole device at most, less what was before: by NVML while it runs, else when looked at."""
-
-    _SECONDS = 0.005
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.peak_bytes = self._before_bytes = 0
-        self._used: Callable[[], int] | None = None
-        if device.type == "cuda":
-            self._used, self.by = _by_nvml() or (lambda: guard.used_and_total_bytes(device)[0]), "NVML"
-            if _by_nvml() is None:
-                self.by = "cudaMemGetInfo"  # which makes a context: it can't tell what others had before
-            else:
-                self._before_bytes = self._used()
-
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Look all the time within."""
-        done = threading.Event()
-
-        def watch() -> None:
-            while not done.wait(self._SECONDS):
-                self.look()
-
-        thread = threading.Thread(target=watch, daemon=True)
-        if self._used is not None and self.by == "NVML":
-            thread.start()
-        try:
-            yield
-        finally:
-            done.set()
-            if thread.ident is not None:
-                thread.join()
-
-    def look(self) -> None:
-        """Note what is in use now."""
-        if self._used is not None:
-            self.peak_bytes = max(self.peak_bytes, self._used() - self._before_bytes)
-
-
-def _by_nvml() -> Callable[[], int] | None:
-    """What reads the bytes in use of the first device, or None."""
-    with suppress(Exception):  # no pynvml, or a driver without it
-        import pynvml  # type: ignore[import-not-found,import-untyped,unused-ignore]
-
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByIndex(0)
-        pynvml.nvmlDeviceGetMemoryInfo(handle)
-        return lambda: int(pynvml.nvmlDeviceGetMemoryInfo(handle).used)
-    return None
-
-
 def main() -> None:
     """Entry of the command."""
+    order_by_bus()
     if "--card" in sys.argv:
         print(json.dumps(asdict(cards.present(torch.device("cuda", 0)))))
         return

@@ -14,6 +14,8 @@ is flagged, and the card's constants (lowvram.planner.calibration) are corrected
 
 Without a GPU the operations are tried, not the card: live bytes counted in a real fp32 run (lowvram.memory.tracer)
 beside the planner's trace of that run, in the CPU's memory formats.
+
+The JSON is of the schema of benchmarks.record: a point for each run, with what was predicted in its details.
 """
 
 import argparse
@@ -29,8 +31,7 @@ from unittest import mock
 
 import torch
 
-from benchmarks import measured_memory, policy_sets
-from benchmarks.train_step import device_name
+from benchmarks import measured_memory, policy_sets, record
 from lowvram import load_recipe, standin
 from lowvram.config import report_errors
 from lowvram.errors import LowVRAMError
@@ -59,7 +60,6 @@ ON_CPU = {
     "policies": "plain,recompute,offload R1 and path length,fused G,deferred,state on the host,lean,streamed,leanest",
 }
 CPU_FRACTION = 0.01  # a count of the same operations should be the same; what differs by more is flagged
-RESULTS = Path(__file__).parent / "results"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,10 +206,12 @@ def compared(case: Case, prediction: Prediction, measured: dict[str, Any], const
     if "error" in measured:
         return entry | {"error": measured["error"], "flags": [measured["error"]]}
     on_gpu = "device_bytes" in measured
+    entry["every"] = measured.get("every", {})
     for name, found in measured["parts"].items():
         part = entry["parts"][name] = {
             "predicted_live_bytes": prediction.live_bytes[name],
             "measured_live_bytes": found["live_bytes"],
+            "runs_seconds": found.get("runs_seconds", [found["seconds"]]),
         }
         if on_gpu:
             part |= {
@@ -260,6 +262,30 @@ def learnt(entries: list[dict[str, Any]], constants: Constants) -> Constants:
     return constants
 
 
+def points(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """A point (`record.point`) for each case: what was measured; what was predicted is in its details."""
+    return [_point(entry) for entry in result["cases"]]
+
+
+def _point(entry: dict[str, Any]) -> dict[str, Any]:
+    parts: dict[str, dict[str, Any]] = entry["parts"]
+    runs = {name: part["runs_seconds"] for name, part in parts.items()}
+    in_a_step = [[s / n for s in runs[name]] for name, n in entry.get("every", {}).items() if name in runs]
+    return record.point(
+        "memory_prediction",
+        entry["policy"],
+        recipe=entry["recipe"].partition(":")[0],
+        overrides=sorted(entry["overrides"]),
+        seconds={name: record.spread(seconds) for name, seconds in runs.items()},
+        seconds_per_step=record.spread([sum(step) for step in zip(*in_a_step, strict=True)]) if in_a_step else None,
+        allocated_bytes=max((part["measured_live_bytes"] for part in parts.values()), default=None),
+        reserved_bytes=entry.get("measured_reserved_bytes"),
+        device_bytes=entry.get("measured_device_bytes"),
+        error=entry.get("error"),
+        details=entry,
+    )
+
+
 def table(result: dict[str, Any]) -> str:
     """For people: MB are 10^6 bytes."""
     rows = [f"{'recipe, policy':<44}{'part':<13}{'live: predicted':>16}{'measured':>10}{'':>8}"]
@@ -296,7 +322,7 @@ def compare(recipes: list[str], policies: list[str], *, steps: int, card: Card |
             said = "; ".join(entries[-1]["flags"]) or entries[-1].get("error", "as predicted, margin included")
             print(f"{recipe}, {case.policy}: {said}", file=sys.stderr, flush=True)
     result: dict[str, Any] = {
-        "card": card.name if card is not None else device_name(torch.device("cpu")),
+        "card": card.name if card is not None else record.device_name(torch.device("cpu")),
         "on_gpu": card is not None,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
@@ -305,7 +331,8 @@ def compare(recipes: list[str], policies: list[str], *, steps: int, card: Card |
     if card is not None:
         after = learnt(entries, constants)
         calibration.save(card, after)
-        result |= {"constants": asdict(constants), "constants_after": asdict(after)}
+        for entry in entries:
+            entry |= {"constants": asdict(constants), "constants_after": asdict(after)}
     return result
 
 
@@ -327,10 +354,8 @@ def main() -> None:
         )
         result = compare(recipes, policies, steps=options.steps, card=card)
         print(table(result))
-        slug = "".join(c if c.isalnum() else "-" for c in result["card"]).strip("-").lower()
-        path = options.json or RESULTS / f"memory_prediction_{slug}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=1) + "\n")
+        path = options.json or record.RESULTS / f"memory_prediction_{record.slug(result['card'])}.json"
+        record.write(path, points(result), device="cpu" if card is None else "cuda")
 
     report_errors(run, [])
 

@@ -15,11 +15,12 @@ hits all alike; medians are quoted. speed: plain seconds by a policy's.
 torch's allocator would reserve for them, floating-point operations, and bytes copied to the host and back. Two steps
 run whole, one operation after the other; the planner, which puts a step together from pieces, has to agree with them.
 A kernel's own workspace is not seen.
+
+--json: a point for each policy, in the schema of benchmarks.record; what is traced is "policies_traced" there.
 """
 
 import argparse
 import gc
-import json
 import math
 import statistics
 import time
@@ -31,8 +32,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks import policy_sets, workloads
-from benchmarks.train_step import device_name
+from benchmarks import policy_sets, record, workloads
 from benchmarks.workloads import Workload
 from lowvram import load_recipe
 from lowvram.config import report_errors
@@ -44,6 +44,7 @@ from lowvram.planner.record import Piece, Recorder, rounded
 from lowvram.planner.subject import fake_card
 
 Builder = Callable[[torch.device], Workload]
+_SD15_BATCH = 4
 AVERAGE = "average"  # beside the phases: pending updates and averages at the end of a step
 
 
@@ -52,7 +53,7 @@ def builders(recipe: str, overrides: list[str], only: list[str]) -> dict[str, Bu
     if recipe == "sd15":
         if any(not o.startswith("batch=") for o in overrides):
             raise LowVRAMError("recipe=sd15 is the benchmark's own.", "Set batch=N alone.")
-        batch = max([int(o.removeprefix("batch=")) for o in overrides], default=4)
+        batch = _batch(recipe, overrides)
         chosen = policy_sets.pick(policy_sets.sd15(batch), only)
         return {
             name: lambda device, policy=policy: workloads.sd15(device, batch=batch, **policy)
@@ -92,7 +93,7 @@ def compare(built: dict[str, Builder], *, steps: int, rounds: int, traced: bool)
                 result[f"{key}_ratio"] = result[key] / plain[key]
     return {
         "traced": traced,
-        "device": "none: fake tensors" if traced else device_name(device),
+        "device": "none: fake tensors" if traced else record.device_name(device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "steps": steps,
@@ -255,7 +256,42 @@ def _summarise(result: dict[str, Any]) -> None:
         result["reserved_bytes"] = max(phase["reserved_bytes"] for phase in phases.values())
 
 
-# Shown.
+# Recorded and shown.
+
+
+def points(result: dict[str, Any], recipe: str, overrides: list[str], batch: int) -> list[dict[str, Any]]:
+    """A point (`record.point`) for each policy. What is traced is of a benchmark of its own, "policies_traced"."""
+    benchmark = "policies_traced" if result["traced"] else "policies"
+    return [
+        _point(
+            benchmark, name, {**found, "steps": result["steps"], "rounds": result["rounds"]}, recipe, overrides, batch
+        )
+        for name, found in result["policies"].items()
+    ]
+
+
+def _point(
+    benchmark: str, name: str, found: dict[str, Any], recipe: str, overrides: list[str], batch: int
+) -> dict[str, Any]:
+    phases: dict[str, dict[str, Any]] = found.get("phases") or {}
+    timed = {phase: one["runs_seconds"] for phase, one in phases.items() if one.get("runs_seconds")}
+    per_step = None
+    if timed and len(timed) == len(phases):
+        runs = zip(*([s / phases[phase]["every"] for s in seconds] for phase, seconds in timed.items()), strict=True)
+        per_step = record.spread([sum(run) for run in runs])
+    return record.point(
+        benchmark,
+        name,
+        recipe=recipe,
+        overrides=sorted(overrides),
+        seconds={phase: record.spread(seconds) for phase, seconds in timed.items()},
+        seconds_per_step=per_step,
+        images_per_second=batch / per_step["median"] if per_step else None,
+        allocated_bytes=found.get("peak_bytes"),
+        reserved_bytes=found.get("reserved_bytes"),
+        error=found.get("error"),
+        details=found,
+    )
 
 
 def table(result: dict[str, Any]) -> str:
@@ -286,6 +322,12 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
+def _batch(recipe: str, overrides: list[str]) -> int:
+    if recipe == "sd15":
+        return max([int(o.removeprefix("batch=")) for o in overrides], default=_SD15_BATCH)
+    return load_recipe(recipe, overrides).batch
+
+
 def _phase_cell(phase: dict[str, Any] | None) -> str:
     if phase is None:
         return "-"
@@ -310,7 +352,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="timed steps of a policy in each round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--holders", action="store_true", help="show who holds the memory at each policy's peak")
-    parser.add_argument("--json", type=Path, help="write the result there")
+    parser.add_argument(
+        "--json", type=Path, help="write a point for each policy there, in the schema of benchmarks.record"
+    )
     options = parser.parse_args()
     recipe = next((s.removeprefix("recipe=") for s in options.settings if s.startswith("recipe=")), "faces64")
     overrides = [s for s in options.settings if not s.startswith("recipe=")]
@@ -326,8 +370,9 @@ def main() -> None:
                 print(f"  {name}: {size_bytes / 1e6:>8.1f} MB  {holder}")
             print(f"  {name}: in {r.get('peak_phase')}, reached by {r.get('peak_at')}")
         if options.json:
-            options.json.parent.mkdir(parents=True, exist_ok=True)
-            options.json.write_text(json.dumps(result, indent=1) + "\n")
+            device = "cuda" if torch.cuda.is_available() and not options.traced else "cpu"
+            batch = _batch(recipe, overrides)
+            record.write(options.json, points(result, recipe, overrides, batch), device=device)
 
     report_errors(run, overrides)
 

@@ -8,6 +8,7 @@ what became slower or larger.
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -65,9 +66,10 @@ def point(
 ) -> dict[str, Any]:
     """One measurement. Two of the same benchmark, name, recipe and overrides can be compared.
 
-    seconds: a `spread` for each phase, or for each thing timed. The bytes are peaks: of tensors, of torch's allocator,
-    of the whole device less what others used. error: what it failed with, in place of figures. details: whatever else
-    the benchmark knows, as JSON.
+    seconds: a `spread` for each phase, or for each thing timed. The bytes are peaks: of tensors (on a CPU counted
+    operation by operation, lowvram.memory.tracer), of torch's allocator, of the whole device less what others used;
+    the latter two are None on a CPU. error: what it failed with, in place of figures. details: whatever else the
+    benchmark knows, as JSON.
     """
     return {
         "benchmark": benchmark,
@@ -88,10 +90,19 @@ def point(
     }
 
 
-def write(path: Path, points: Sequence[Mapping[str, Any]], *, device: torch.device | str) -> None:
-    """Write a file of points measured here and now; a file that is there is replaced at once, never half."""
+def write(
+    path: Path,
+    points: Sequence[Mapping[str, Any]],
+    *,
+    device: torch.device | str,
+    measured_in: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a file of points measured here and now; a file that is there is replaced at once, never half.
+
+    measured_in: the `environment`, if this process must not ask the device for it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = {"schema": SCHEMA, "environment": environment(device), "points": list(points)}
+    content = {"schema": SCHEMA, "environment": measured_in or environment(device), "points": list(points)}
     draft = path.with_name(path.name + ".tmp")
     draft.write_text(json.dumps(content, indent=1) + "\n")
     draft.replace(path)
@@ -107,6 +118,11 @@ def read(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or content.get("schema") != SCHEMA:
         raise ValueError(f"{path} is not a file of benchmark points ({SCHEMA})")
     return content
+
+
+def slug(text: str) -> str:
+    """A text as part of a file's name: letters and digits, and single hyphens for all between."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
 def device_name(device: torch.device) -> str:

@@ -10,7 +10,7 @@ import pytest
 from tiny import TINY
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks import policies, policy_sets, workloads
+from benchmarks import policies, policy_sets, record, workloads
 from benchmarks.memory_prediction import Predictor
 from lowvram import load_recipe
 from lowvram.errors import LowVRAMError
@@ -43,7 +43,9 @@ def test_traced_is_what_is_counted_on_real_tensors_and_savings_show():
     assert offloaded["phases"]["R1"]["peak_bytes"] < plain["phases"]["R1"]["peak_bytes"]
     for result in (real, traced):
         assert "plain" in policies.table({"workload": "tiny", **result})
-        json.dumps(result)
+        points = policies.points(result, "faces32", [*settings], 8)
+        assert points[0]["memory"]["allocated_bytes"] == result["policies"]["plain"]["peak_bytes"]
+        json.dumps(points)
 
 
 def test_an_average_on_the_host_is_not_counted():
@@ -102,6 +104,9 @@ def test_the_command_writes_json(tmp_path: Path) -> None:
         [sys.executable, "-m", "benchmarks.policies", *words], cwd=root, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    result = json.loads(out.read_text())
-    assert set(result["policies"]) == {"plain", "lean"} and result["traced"] is False
+    points = record.read(out)["points"]
+    assert [(point["benchmark"], point["name"]) for point in points] == [("policies", "plain"), ("policies", "lean")]
+    for point in points:
+        assert point["seconds"]["G"]["n"] == 1 and point["memory"]["allocated_bytes"] > 0
+        assert point["images_per_second"] == pytest.approx(8 / point["seconds_per_step"]["median"])
     assert "plain" in done.stdout

@@ -1,12 +1,11 @@
 """Predicted memory beside measured: a real run on a CPU, the arithmetic of a GPU's, the published peaks."""
 
-import json
 from pathlib import Path
 
 import pytest
 from commands import ROOT, run
 
-from benchmarks import memory_prediction, published_stylegan2
+from benchmarks import memory_prediction, published_stylegan2, record
 from benchmarks.memory_prediction import Case, Prediction
 from lowvram.planner.calibration import Constants
 
@@ -23,9 +22,12 @@ def test_a_run_on_a_cpu_is_predicted_to_the_byte(tmp_path: Path) -> None:
     words = ["--recipes", "faces32:8", "--policies", "plain,lean", "--json", str(out)]
     done = run("benchmarks.memory_prediction", *words, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    result = json.loads(out.read_text())
-    assert [case["policy"] for case in result["cases"]] == ["plain", "lean"]
-    for case in result["cases"]:
+    points = record.read(out)["points"]
+    assert [(point["recipe"], point["name"]) for point in points] == [("faces32", "plain"), ("faces32", "lean")]
+    for point in points:
+        case = point["details"]
+        assert point["memory"]["allocated_bytes"] == max(part["measured_live_bytes"] for part in case["parts"].values())
+        assert point["seconds_per_step"]["median"] > 0 and point["seconds"]["sampling"]["n"] == 1
         assert {"G", "D", "R1", "average", "sampling"} <= set(case["parts"]) and not case["flags"]
         for part in case["parts"].values():
             assert part["predicted_live_bytes"] == pytest.approx(part["measured_live_bytes"], rel=0.001)
@@ -44,6 +46,8 @@ def test_what_exceeds_the_prediction_and_the_cap_is_flagged() -> None:
     assert over["flags"] == ["more of the device than predicted", "above its cap of 3GB"]
     failed = memory_prediction.compared(CASE, PREDICTION, {"error": "out of memory"}, Constants())
     assert failed["flags"] == ["out of memory"] and not failed["parts"]
+    points = memory_prediction.points({"cases": [fine, failed]})
+    assert points[0]["memory"]["device_bytes"] == 2 * GIB + 500 * MIB and points[1]["error"] == "out of memory"
 
 
 def test_the_constants_learn_from_what_was_measured() -> None:
