@@ -126,7 +126,9 @@ class Predictor:
         if self.card is None:  # a CPU's memory is the host's: there the average is moved nowhere
             policy = replace(policy, ema="device")
         kind = Estimator if self.card is not None else _Exact
-        estimator = kind(self._pieces, Structure.of(policy), self.card or cards.for_budget(6 * 2**30))
+        card = self.card or cards.for_budget(6 * 2**30)
+        structure = Structure.of(policy, triton=self.card is not None and cards.runs_triton(self.card))
+        estimator = kind(self._pieces, structure, card)
         with self._around():
             if self.card is not None:
                 estimator.settle(policy)

@@ -78,6 +78,11 @@ def runs_triton(impl: Impl, x: Tensor) -> bool:
 _REMEDY = "Use kernels=auto, which runs PyTorch's own there; or set TRITON_INTERPRET=1 to try a kernel on a CPU."
 
 
+def on_gpu(x: Tensor) -> bool:
+    """Whether x is on a GPU, or stands for what would be there in a trace."""
+    return x.is_cuda or _pretended is not None
+
+
 def interpreted() -> bool:
     """Whether Triton runs its kernels in Python, number by number, as it does on request where there is no GPU."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")

@@ -9,23 +9,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-EPSILON = 1e-6  # of the group norms
+from lowvram.models.group_norm import GroupNorm
 
 # What attention was called in folders written before 2023.
 _OLD_ATTENTION_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-
-
-class GroupNorm(nn.GroupNorm):
-    """Group normalisation that returns x's dtype, under autocast too, which would go on in fp32 with twice the bytes.
-
-    Mean and variance are accumulated in fp32 whatever the dtype.
-    """
-
-    def __init__(self, groups: int, channels: int) -> None:
-        super().__init__(groups, channels, eps=EPSILON)
-
-    def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input).to(input.dtype)
 
 
 class ResNetBlock(nn.Module):
@@ -33,15 +20,15 @@ class ResNetBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, groups: int) -> None:
         super().__init__()
-        self.norm1 = GroupNorm(groups, in_channels)
+        self.norm1 = GroupNorm(groups, in_channels, act="silu")
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = GroupNorm(groups, out_channels)
+        self.norm2 = GroupNorm(groups, out_channels, act="silu")
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = self.conv1(self.norm1(x))
+        h = self.conv2(self.norm2(h))
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
@@ -161,7 +148,7 @@ class Encoder(nn.Module):
             for i, width in enumerate(channels)
         )
         self.mid_block = MidBlock(channels[-1], groups, attention=attention)
-        self.conv_norm_out = GroupNorm(groups, channels[-1])
+        self.conv_norm_out = GroupNorm(groups, channels[-1], act="silu")
         self.conv_out = nn.Conv2d(channels[-1], moments, 3, padding=1)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -169,7 +156,7 @@ class Encoder(nn.Module):
         for stage in self.down_blocks:
             x = stage(x)
         x = self.mid_block(x)
-        out: Tensor = self.conv_out(F.silu(self.conv_norm_out(x)))
+        out: Tensor = self.conv_out(self.conv_norm_out(x))
         return out
 
     def parts(self) -> Iterator[tuple[str, nn.Module]]:
@@ -198,14 +185,14 @@ class Decoder(nn.Module):
             Stage(widths[i], widths[i + 1], layers + 1, groups, sampler="upsamplers" if i < last else None)
             for i in range(len(channels))
         )
-        self.conv_norm_out = GroupNorm(groups, channels[0])
+        self.conv_norm_out = GroupNorm(groups, channels[0], act="silu")
         self.conv_out = nn.Conv2d(channels[0], out, 3, padding=1)
 
     def forward(self, latents: Tensor) -> Tensor:
         x = self.mid_block(self.conv_in(latents))
         for stage in self.up_blocks:
             x = stage(x)
-        out: Tensor = self.conv_out(F.silu(self.conv_norm_out(x)))
+        out: Tensor = self.conv_out(self.conv_norm_out(x))
         return out
 
     def parts(self) -> Iterator[tuple[str, nn.Module]]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lowvram.errors import LowVRAMError
+from lowvram.models.group_norm import GroupNorm
 from lowvram.models.unet_layers import (
     EmbeddingMLP,
     ResnetBlock,
@@ -158,7 +159,7 @@ class UNet(nn.Module):
         self.mid_block = layout.mid(mid_block_type, add_attention)
         self.up_blocks = layout.up(_kinds("up_block_types", up_block_types, _UP, levels, context_dim))
         self.reads_context = any(isinstance(module, SpatialTransformer) for module in self.modules())
-        self.conv_norm_out = nn.GroupNorm(norm_num_groups, channels[0], eps=norm_eps)
+        self.conv_norm_out = GroupNorm(norm_num_groups, channels[0], eps=norm_eps, act="silu")
         self.conv_out = zeroed(nn.Conv2d(channels[0], out_channels, 3, padding=1))
 
     @classmethod
@@ -230,7 +231,7 @@ class UNet(nn.Module):
             h = self.mid_block(h, embedding, context, mask)
         for stage in self.up_blocks:
             h = stage(h, embedding, context, mask, take=skips)
-        return self.conv_out(F.silu(self.conv_norm_out(h))).to(x.dtype)
+        return self.conv_out(self.conv_norm_out(h)).to(x.dtype)
 
     def _embedding(
         self, batch: int, time: Tensor, labels: Tensor | None, pooled: Tensor | None, size_ids: Tensor | None

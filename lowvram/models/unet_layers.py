@@ -1,6 +1,6 @@
 """Layers of the latent diffusion UNet (arXiv 2112.10752), whose residual blocks are those of DDPM (arXiv 2006.11239).
 
-Module names are those of published checkpoints. Norms take their statistics in fp32, whatever the width of the input.
+Module names are those of published checkpoints. Group norms compute in fp32, whatever the width of the input.
 Legend: B batch, C channels, H W height and width, N = H W, L context tokens, D context width, E width of the embedding.
 """
 
@@ -12,6 +12,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from lowvram.kernels.swiglu import geglu
+from lowvram.models.group_norm import GroupNorm
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -53,19 +56,19 @@ class ResnetBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, embedding_dim: int, *, groups: int, eps: float) -> None:
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, in_channels, eps=eps)
+        self.norm1 = GroupNorm(groups, in_channels, eps=eps, act="silu")
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.time_emb_proj = nn.Linear(embedding_dim, out_channels)
-        self.norm2 = nn.GroupNorm(groups, out_channels, eps=eps)
+        self.norm2 = GroupNorm(groups, out_channels, eps=eps, act="silu")
         self.conv2 = zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1))
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, x: Tensor, embedding: Tensor, skip: Tensor | None = None) -> Tensor:
         if skip is not None:
             x = torch.cat([x, skip], dim=1)
-        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv1(self.norm1(x))
         h = h + self.time_emb_proj(embedding)[:, :, None, None]
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = self.conv2(self.norm2(h))
         return (x if self.conv_shortcut is None else self.conv_shortcut(x)) + h
 
 
@@ -107,7 +110,7 @@ class SpatialAttention(_Projections):
 
     def __init__(self, channels: int, heads: int, *, groups: int, eps: float) -> None:
         super().__init__(channels, channels, heads, bias=True)
-        self.group_norm = nn.GroupNorm(groups, channels, eps=eps)
+        self.group_norm = GroupNorm(groups, channels, eps=eps)
         zeroed(self.to_out[0])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -123,8 +126,7 @@ class _GatedGELU(nn.Module):
         self.proj = nn.Linear(channels, 2 * hidden)
 
     def forward(self, x: Tensor) -> Tensor:
-        value, gate = self.proj(x).chunk(2, dim=-1)
-        return value * F.gelu(gate)
+        return geglu(self.proj(x))
 
 
 class FeedForward(nn.Module):
@@ -169,7 +171,7 @@ class SpatialTransformer(nn.Module):
     def __init__(self, channels: int, context_dim: int, heads: int, *, depth: int, linear: bool, groups: int) -> None:
         super().__init__()
         self.linear = linear
-        self.norm = nn.GroupNorm(groups, channels, eps=_TRANSFORMER_NORM_EPS)
+        self.norm = GroupNorm(groups, channels, eps=_TRANSFORMER_NORM_EPS)
         self.proj_in = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
         self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, context_dim, heads) for _ in range(depth)])
         self.proj_out = zeroed(nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1))
