@@ -201,10 +201,13 @@ def test_combinations_train_the_same_unet_or_say_why_not(
 # Narrow state and narrow weights: not the same, but as good.
 
 # How far weights may end from the plain run's, relative to the distance that they moved: ten steps, 2-norm of all.
+EIGHT_BIT = {"denoise": OptimizerPolicy(kind="adam8bit")}
 NARROW = {
     "adam8bit": (policy(kind="adam8bit"), 0.03),
     "adam8bit, state on the host, deferred": (policy(kind="adam8bit", update="deferred", state="host"), 0.03),
     "adam8bit, streamed": (policy(kind="adam8bit", update="deferred", weights="stream"), 0.03),
+    "adam8bit, sharded": (MemoryPolicy(fsdp="shard", optimizers=EIGHT_BIT), 0.03),
+    "adam8bit, sharded and offloaded": (MemoryPolicy(fsdp="offload", optimizers=EIGHT_BIT), 0.03),
     "paged_adam8bit": (policy(kind="paged_adam8bit"), 0.03),
     "bf16 autocast": (MemoryPolicy(precision="bf16"), 0.05),
     "bf16 weights": (policy(weights_dtype="bf16"), 0.25),
@@ -335,7 +338,10 @@ def test_settings_that_exclude_each_other_are_both_named(
 @pytest.mark.parametrize(
     ("make", "names"),
     [
-        (lambda: MemoryPolicy(fsdp="shard", optimizers={"G": OptimizerPolicy(kind="adam8bit")}), ("fsdp", "adam8bit")),
+        (
+            lambda: MemoryPolicy(fsdp="shard", optimizers={"G": OptimizerPolicy(kind="paged_adam8bit")}),
+            ("fsdp", "paged_adam8bit"),
+        ),
         (
             lambda: MemoryPolicy(fsdp="shard", optimizers={"G": OptimizerPolicy(update="deferred")}),
             ("fsdp", "deferred"),

@@ -1,46 +1,37 @@
-"""Adam and Lion with state in 8 bits, or in memory that pages to the host, on bitsandbytes' kernels.
+"""Adam and Lion with state in 8 bits, on lowvram's own kernel: one launch for all parameters (kernels/adamw8bit.py)."""
 
-Its functions are used, and not its optimizer classes. Those read a process-wide table of overrides by index (so that
-one network's settings reach another's), wait for the device after every parameter, move channels_last weights to other
-memory, decouple the weight decay of Adam too, and load 8-bit state wrongly or without its paging.
-"""
-
-import logging
-import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from functools import cache
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+from lowvram import seeded
 from lowvram.errors import LowVRAMError
+from lowvram.kernels.adamw8bit import DTYPES, Rule, Slot, Workspace, adamw8bit_, is_dense, memory_order, workspace
+from lowvram.kernels.eight_bit import BLOCK
+from lowvram.memory.fsdp_tensors import local
 
-BLOCK_ELEMENTS = 256  # that share one scale; fixed by the kernels
 WIDE_BELOW_ELEMENTS = 4096  # smaller tensors keep fp32 state: they are few bytes, and biases suffer most
-PAGED_FROM_ELEMENTS = 100_000
-_FLOOR = 1e-7  # of a second moment, relative to its block's largest
 
 
 class NarrowOptimizer(torch.optim.Optimizer):
-    """Adam, AdamW or Lion over contiguous fp32, bf16 or fp16 parameters.
+    """Adam, AdamW or Lion over dense fp32, bf16 or fp16 parameters, also sharded ones (DTensors).
 
-    State of one parameter: `step`, and for each moment either NAME (float32, the parameter's shape) or NAME_8bit (uint8
-    [numel]) with NAME_absmax (float32 [blocks]); the moments are exp_avg and exp_avg_sq. Lion keeps the first only.
-    With beta1 = 0 and 8 bits Adam keeps the second only.
+    State of one parameter: `step`, and for each moment either NAME (float32, the parameter's shape and strides) or
+    NAME_8bit (uint8 [numel], in the order of the parameter's memory) with NAME_absmax (float32 [blocks], the element of
+    largest magnitude of each 256); the moments are exp_avg and exp_avg_sq. Lion keeps the first only. With beta1 = 0
+    Adam keeps the second only. Of a sharded parameter each process keeps its own part's, as plain tensors.
+
+    bf16 weights are rounded at random, so that small steps count on average; they need no fp32 copy.
 
     Lion moves every element by lr: it wants a third to a tenth of Adam's. Its weight decay is decoupled.
-    Adam's coupled weight decay is added to `param.grad` itself.
-
-    On a CPU bitsandbytes rounds moments more coarsely than on CUDA: to no less than 1e-5 of their block's largest.
 
     Args:
-        kind: adam8bit, paged_adam8bit, paged_adam, or lion8bit. On a CPU there is nothing to page.
+        kind: adam8bit or lion8bit.
 
     Raises:
-        LowVRAMError: bitsandbytes is missing, or can't work with such parameters.
+        LowVRAMError: it can't work with such parameters.
     """
 
     def __init__(
@@ -55,7 +46,6 @@ class NarrowOptimizer(torch.optim.Optimizer):
         decoupled_weight_decay: bool,
     ) -> None:
         self.kind = kind
-        functional(f"optimizer={kind}")
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -67,45 +57,64 @@ class NarrowOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             for param in group["params"]:
                 self._check(param)
-        self._codes: dict[tuple[str, torch.device], Tensor] = {}
+        self._workspaces: dict[tuple[int, torch.device], Workspace] = {}
 
     def make_state(self, param: nn.Parameter) -> dict[str, Any]:
         """What is kept of one parameter, all zero."""
         state: dict[str, Any] = {"step": 0}
-        wide = self.kind == "paged_adam" or param.numel() < WIDE_BELOW_ELEMENTS
+        own = local(param.detach())
         for name in self._moments():
-            if wide:
-                state[name] = self._zeros(param, param.shape, torch.float32)
+            if param.numel() < WIDE_BELOW_ELEMENTS:
+                state[name] = torch.zeros_like(own, dtype=torch.float32, memory_format=torch.preserve_format)
             else:
-                blocks = -(-param.numel() // BLOCK_ELEMENTS)
-                state[f"{name}_8bit"] = self._zeros(param, torch.Size([param.numel()]), torch.uint8)
-                state[f"{name}_absmax"] = torch.zeros(blocks, dtype=torch.float32, device=param.device)
+                blocks = -(-own.numel() // BLOCK)
+                state[f"{name}_8bit"] = torch.zeros(own.numel(), dtype=torch.uint8, device=own.device)
+                state[f"{name}_absmax"] = torch.zeros(blocks, dtype=torch.float32, device=own.device)
         return state
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """Change every parameter that has a gradient. On CUDA nothing is allocated after the first weight changes."""
+    def step(  # type: ignore[override]
+        self,
+        closure: Callable[[], Any] | None = None,
+        *,
+        factor: float = 1.0,
+        multiplier: Tensor | None = None,
+        keys: Sequence[int] | None = None,
+    ) -> Any:
+        """Change every parameter that has a gradient. With Triton nothing is allocated, and the host never waits.
+
+        factor: on the gradients. multiplier: another, float32 [] on the device; where it is not finite nothing is
+        changed but the count of steps. keys: 63 random bits for each parameter, by which bf16 weights are rounded;
+        None: made of the parameter's place and its number of steps.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        work = []
-        for group in self.param_groups:
+        given = None if keys is None else iter(keys)
+        for index, group in enumerate(self.param_groups):
+            slots: dict[torch.device, list[Slot]] = {}  # one device, as a rule
+            for place, param in enumerate(group["params"]):
+                state = self.state[param]
+                if not state:
+                    state.update(self.make_state(param))
+                key = next(given) if given is not None else None
+                slot = self._slot(param, state, key if key is not None else seeded.mix(place, state["step"]))
+                slots.setdefault(slot.weight.device, []).append(slot)
+            rule = self._rule(group)
+            for device, some in slots.items():
+                work = self._workspaces.get((index, device))
+                if work is None:
+                    work = self._workspaces[index, device] = workspace([s.weight.numel() for s in some], device)
+                adamw8bit_(some, rule, work, factor=factor, multiplier=multiplier)
             for param in group["params"]:
                 if param.grad is not None:
-                    self._check(param)
-                    if not self.state[param]:
-                        self.state[param].update(self.make_state(param))
-                    for name in self._code_names():
-                        self._code(name, param.device)
-                    work.append((group, param, param.grad.contiguous(), self.state[param]))
-        if work:
-            device = work[0][1].device
-            scratch = torch.empty(WIDE_BELOW_ELEMENTS, device=device)
-            with _default_stream(device):
-                for group, param, grad, state in work:
-                    self._update(group, param, grad, state, scratch)
+                    self.state[param]["step"] += 1
         return loss
+
+    def workspace_tensors(self) -> list[Tensor]:
+        """What lies on the device beside the state, from the first step on."""
+        return [tensor for work in self._workspaces.values() for tensor in work.tensors]
 
     def load_state_dict(self, state_dict: Any) -> None:
         """Refused: torch would cast 8-bit state to the parameters' dtype."""
@@ -117,175 +126,53 @@ class NarrowOptimizer(torch.optim.Optimizer):
     def _moments(self) -> tuple[str, ...]:
         if self.kind == "lion8bit":
             return ("exp_avg",)
-        if self.kind != "paged_adam" and self.defaults["betas"][0] == 0:
-            return ("exp_avg_sq",)
-        return ("exp_avg", "exp_avg_sq")
+        return ("exp_avg_sq",) if self.defaults["betas"][0] == 0 else ("exp_avg", "exp_avg_sq")
 
-    def _code_names(self) -> tuple[str, ...]:
-        """Of each moment in 8 bits."""
-        both = {"exp_avg": "signed", "exp_avg_sq": "unsigned"}
-        moments = self._moments()
-        return ("positive",) if moments == ("exp_avg_sq",) else tuple(both[m] for m in moments)
-
-    def _update(
-        self, group: dict[str, Any], param: nn.Parameter, grad: Tensor, state: dict[str, Any], scratch: Tensor
-    ) -> None:
-        decay = group["weight_decay"]
-        if decay and not group["decoupled_weight_decay"] and self.kind != "lion8bit":
-            grad.add_(param.detach(), alpha=decay)
-            decay = 0.0
-        state["step"] += 1
-        bnb = functional(f"optimizer={self.kind}")
-        for value in state.values():
-            if is_paged(value):
-                bnb.prefetch_tensor(value)
-        if any(key.endswith("_8bit") for key in state):
-            self._update_8bit(bnb, group, param, grad, state, decay)
-        else:
-            self._update_wide(bnb, group, param, grad, state, decay, scratch)
-
-    def _update_wide(
-        self,
-        bnb: Any,
-        group: dict[str, Any],
-        param: nn.Parameter,
-        grad: Tensor,
-        state: dict[str, Any],
-        decay: float,
-        scratch: Tensor,
-    ) -> None:
-        first = state.get("exp_avg")
-        if first is None:  # beta1 = 0: what stood in it is multiplied by zero, and must be finite for that
-            first = scratch[: param.numel()].view(param.shape).zero_()
-        bnb.optimizer_update_32bit(
-            "lion" if self.kind == "lion8bit" else "adam",
-            grad,
-            param,
-            first,
-            group["betas"][0],
-            group["eps"],
-            state["step"],
-            group["lr"],
-            state2=state.get("exp_avg_sq"),
-            beta2=group["betas"][1],
-            weight_decay=decay,
+    def _rule(self, group: dict[str, Any]) -> Rule:
+        return Rule(
+            lr=group["lr"],
+            betas=group["betas"],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            decoupled=group["decoupled_weight_decay"],
+            lion=self.kind == "lion8bit",
         )
 
-    def _update_8bit(
-        self, bnb: Any, group: dict[str, Any], param: nn.Parameter, grad: Tensor, state: dict[str, Any], decay: float
-    ) -> None:
-        name, lr, (beta1, beta2), eps, step = "adam", group["lr"], group["betas"], group["eps"], state["step"]
-        moments = self._moments()
-        if self.kind == "lion8bit":
-            name = "lion"
-        elif moments == ("exp_avg_sq",):
-            # Adam without a first moment is lr g / (sqrt(v) / c + eps) with c = sqrt(1 - beta2^t), and RMSprop is
-            # lr g / (sqrt(v) + eps): the same with lr c and eps c. RMSprop's decay would be coupled.
-            if decay:
-                param.mul_(1 - lr * decay)
-                decay = 0.0
-            c = math.sqrt(1 - beta2**step)
-            name, lr, eps, beta1, beta2 = "rmsprop", lr * c, eps * c, beta2, 0.0
-        codes = [*(self._code(n, param.device) for n in self._code_names()), None]
-        states = [*(state[f"{m}_8bit"] for m in moments), None]
-        scales = [*(state[f"{m}_absmax"] for m in moments), None]
-        bnb.optimizer_update_8bit_blockwise(
-            name,
-            grad.view(-1),
-            param.view(-1),
-            states[0],
-            states[1],
-            beta1,
-            beta2,
-            0.0,
-            0.0,
-            eps,
-            step,
-            lr,
-            codes[0],
-            codes[1],
-            scales[0],
-            scales[1],
-            weight_decay=decay,
+    def _slot(self, param: nn.Parameter, state: dict[str, Any], key: int) -> Slot:
+        self._check(param)
+        weight = local(param.detach())
+        tensors: dict[str, Tensor | None] = {}
+        for name, short in (("exp_avg", "first"), ("exp_avg_sq", "second")):
+            wide = state.get(name)
+            tensors[short] = state.get(f"{name}_8bit") if wide is None else memory_order(wide)
+            tensors[f"{short}_scale"] = state.get(f"{name}_absmax")
+        return Slot(
+            weight=memory_order(weight),
+            grad=None if param.grad is None else _like(local(param.grad), weight),
+            step=state["step"] + 1,
+            key=key if weight.dtype == torch.bfloat16 else None,
+            **tensors,
         )
-
-    def _code(self, name: str, device: torch.device) -> Tensor:
-        """The 256 values that 8 bits stand for. float32 [256]"""
-        if (name, device) not in self._codes:
-            self._codes[name, device] = torch.tensor(code_values(name), dtype=torch.float32, device=device)
-        return self._codes[name, device]
-
-    def _zeros(self, param: nn.Parameter, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        paged = self.kind.startswith("paged") and param.device.type == "cuda" and param.numel() >= PAGED_FROM_ELEMENTS
-        if not paged:
-            return torch.zeros(shape, dtype=dtype, device=param.device)
-        bnb = functional(f"optimizer={self.kind}")
-        buffer: Tensor = bnb.get_paged(*shape, dtype=dtype, device=param.device)
-        bnb.fill(buffer, 0)
-        return buffer
 
     def _check(self, param: nn.Parameter) -> None:
         remedy = "Use optimizer=adam, or optimizer=adafactor."
-        if hasattr(param, "device_mesh"):
-            raise LowVRAMError(
-                f"optimizer={self.kind} does not know sharded parameters.", "Use optimizer=adam, or fsdp=none."
-            )
-        if param.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        if param.dtype not in DTYPES:
             raise LowVRAMError(f"optimizer={self.kind} does not know parameters of {param.dtype}.", remedy)
-        if not param.is_contiguous():
+        if not is_dense(local(param.detach())):
             raise LowVRAMError(
-                f"optimizer={self.kind} needs contiguous parameters; one of shape {list(param.shape)} has strides "
+                f"optimizer={self.kind} needs parameters without gaps; one of shape {list(param.shape)} has strides "
                 f"{param.stride()}.",
                 "Use network.to(memory_format=torch.contiguous_format), or optimizer=adam.",
             )
 
 
-def functional(wanted_by: str) -> Any:
-    """bitsandbytes.functional.
-
-    Raises:
-        LowVRAMError: it is not installed. wanted_by: the setting that asks for it.
-    """
-    logger = logging.getLogger("bitsandbytes")
-    level = logger.level
-    logger.setLevel(logging.ERROR)  # it warns of 4-bit kernels that are not wanted here
-    try:
-        from bitsandbytes import functional as module
-    except ImportError as error:
-        raise LowVRAMError(
-            f"{wanted_by} needs bitsandbytes, which can't be imported: {error}.",
-            "pip install bitsandbytes, or use optimizer=adam or optimizer=adafactor.",
-        ) from error
-    finally:
-        logger.setLevel(level)
-    return module
+def _like(grad: Tensor, weight: Tensor) -> Tensor:
+    """A gradient flat, in the order of the weight's memory: a view, unless autograd left it in another."""
+    if not is_dense(grad) or _order(grad) != _order(weight):
+        grad = torch.empty_like(weight, dtype=grad.dtype).copy_(grad)
+    return memory_order(grad)
 
 
-@cache
-def code_values(name: str) -> tuple[float, ...]:
-    """256 rising values: "signed" and "unsigned" as bitsandbytes has them, "positive" the latter without its zero.
-
-    A second moment that rounds to zero would let its element jump by lr / sqrt(1 - beta2) at the next gradient: 10 lr
-    at beta2 = 0.99. With a first moment that is damped by 1 - beta1; without one, the second stays above a floor.
-    """
-    with unset_fake_temporarily():  # it reads data
-        values = functional("8-bit optimizer state").create_dynamic_map(signed=name == "signed").tolist()
-    return (_FLOOR, *values[1:]) if name == "positive" else tuple(values)
-
-
-def is_paged(value: Any) -> bool:
-    """Whether it is a tensor in memory that moves between host and device by itself."""
-    return isinstance(value, Tensor) and getattr(value, "is_paged", False)
-
-
-@contextmanager
-def _default_stream(device: torch.device) -> Iterator[None]:
-    """bitsandbytes launches optimizer kernels on the device's default stream, whichever is current."""
-    if device.type != "cuda":
-        yield
-        return
-    current, default = torch.cuda.current_stream(device), torch.cuda.default_stream(device)
-    default.wait_stream(current)
-    with torch.cuda.stream(default):
-        yield
-    current.wait_stream(default)
+def _order(tensor: Tensor) -> list[int]:
+    """Strides of the dimensions that have any."""
+    return [stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]

@@ -8,8 +8,10 @@ from torch import Tensor, nn
 
 from lowvram.errors import LowVRAMError
 from lowvram.memory import optimizer_convert as convert
-from lowvram.memory.narrow_optimizer import NarrowOptimizer, is_paged
+from lowvram.memory.fsdp_tensors import local
+from lowvram.memory.narrow_optimizer import NarrowOptimizer
 from lowvram.memory.optimizer_classes import Adafactor, SecondMomentAdam
+from lowvram.memory.paged_optimizer import PagedOptimizer, is_paged
 
 
 def init_state(optimizer: torch.optim.Optimizer) -> None:
@@ -38,7 +40,7 @@ def state_to(optimizer: torch.optim.Optimizer, where: Callable[[Tensor], Tensor]
 
 def kind_of(optimizer: torch.optim.Optimizer) -> str:
     """adam, adam8bit, paged_adam, paged_adam8bit, lion8bit, adafactor, or the class's name, such as SGD."""
-    if isinstance(optimizer, NarrowOptimizer):
+    if isinstance(optimizer, (NarrowOptimizer, PagedOptimizer)):
         return optimizer.kind
     if isinstance(optimizer, Adafactor):
         return "adafactor"
@@ -60,14 +62,18 @@ def pack_many(
     """The state of several optimizers of one kind, as one optimizer over `params` would have it.
 
     params: in the order that numbers them. shells: for a parameter, the one that an optimizer holds in its place.
-    The tensors are the optimizers' own, not copies.
+    The tensors are the optimizers' own, not copies; but see `optimizer_convert.portable`.
     """
     owners = _owners(optimizers)
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, Any] = {}
     for index, param in enumerate(params):
         held = shells.get(param, param)
-        for key, value in _owner(owners, held, index).state.get(held, {}).items():
+        owner = _owner(owners, held, index)
+        state = owner.state.get(held, {})
+        if isinstance(owner, NarrowOptimizer):
+            state = convert.portable(held, state)
+        for key, value in state.items():
             if is_paged(value) and torch.cuda.is_available():
                 torch.cuda.synchronize()  # the host reads it where it lies
             (tensors if isinstance(value, Tensor) else scalars)[f"{index}.{key}"] = value
@@ -137,7 +143,12 @@ def _load(
     if not saved:  # it never had a gradient
         convert.clear(state)
         return []
-    if saved.keys() == state.keys():
+    order = None
+    if isinstance(optimizer, NarrowOptimizer):
+        order = local(held.detach())
+        shape = order.shape
+        saved = {key: local(value) if isinstance(value, Tensor) else value for key, value in saved.items()}
+    if saved.keys() == state.keys() and _in_order(state, order):
         for key, value in state.items():
             if key != "step":
                 value.copy_(saved[key].reshape(value.shape))
@@ -150,7 +161,7 @@ def _load(
     if moments.second is None and needs_second:
         convert.clear(state)
         return [f"the optimizer {now} starts anew: the state of {then} in the checkpoint has no second moment"]
-    convert.write(moments, state, beta2_then=beta2_then, beta2_now=_beta2(group))
+    convert.write(moments, state, beta2_then=beta2_then, beta2_now=_beta2(group), order=order)
     messages = [f"the optimizer's state was converted from {then} to {now}"] if now != then else []
     needs_first = not needs_second or (now != "adafactor" and group["betas"][0] != 0)
     if moments.first is None and needs_first:
@@ -181,8 +192,13 @@ def _load_other(
     return []
 
 
+def _in_order(state: Mapping[str, Any], order: Tensor | None) -> bool:
+    """Whether `state` has its numbers in the order that checkpoints have: but for bits of memory in another order."""
+    return order is None or order.is_contiguous() or not any(key.endswith("_8bit") for key in state)
+
+
 def _made(optimizer: torch.optim.Optimizer, group: dict[str, Any], param: nn.Parameter) -> dict[str, Any]:
-    if isinstance(optimizer, (NarrowOptimizer, SecondMomentAdam, Adafactor)):
+    if isinstance(optimizer, (NarrowOptimizer, PagedOptimizer, SecondMomentAdam, Adafactor)):
         return optimizer.make_state(param)
     on_device = group["fused"] or group["capturable"]  # as torch.optim.Adam makes it in its first step
     names = ["exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group["amsgrad"] else [])]

@@ -11,10 +11,11 @@ from lowvram.errors import LowVRAMError
 from lowvram.memory.narrow_optimizer import NarrowOptimizer
 from lowvram.memory.optimizer_classes import Adafactor, SecondMomentAdam, can_fuse
 from lowvram.memory.optimizer_state import init_state, kind_of, pack, pack_many, state_to, unpack, unpack_many
-from lowvram.memory.policy import BITSANDBYTES
+from lowvram.memory.paged_optimizer import PagedOptimizer
+from lowvram.memory.policy import BITSANDBYTES, NARROW
 from lowvram.memory.rounding import stochastic_round_
 
-_KINDS = ("adam", *BITSANDBYTES, "adafactor")
+_KINDS = ("adam", *NARROW, *BITSANDBYTES, "adafactor")
 
 __all__ = [
     "build",
@@ -33,9 +34,9 @@ def build(kind: str, params: Iterable[nn.Parameter], *, like: torch.optim.Optimi
     """An optimizer of `kind` over `params`, with the hyperparameters of `like`, which itself is left alone.
 
     adam: like's own class; Adam and AdamW in torch's fused kernel, and without a first moment where beta1 = 0. The
-    others need `like` to be Adam or AdamW. adam8bit, paged_adam8bit: 8-bit moments. paged_adam: fp32 moments in memory
-    that pages to the host. lion8bit: `NarrowOptimizer` says what lr it wants. adafactor: lr becomes relative to each
-    tensor's root mean square; see `Adafactor`.
+    others need `like` to be Adam or AdamW. adam8bit: 8-bit moments, in lowvram's own kernel. lion8bit: the same for
+    Lion; `NarrowOptimizer` says what lr it wants. paged_adam, paged_adam8bit: bitsandbytes', with fp32 or 8-bit moments
+    that page to the host. adafactor: lr becomes relative to each tensor's root mean square; see `Adafactor`.
 
     Raises:
         LowVRAMError: `like` has several groups of parameters or options that the kind does not know, bitsandbytes is
@@ -66,8 +67,9 @@ def build(kind: str, params: Iterable[nn.Parameter], *, like: torch.optim.Optimi
     for option in ("amsgrad", "maximize"):
         if group[option]:
             raise LowVRAMError(f"optimizer={kind} does not know {option}=True of the task's.", "Use optimizer=adam.")
-    if kind in BITSANDBYTES:
-        return NarrowOptimizer(params, kind=kind, betas=(beta1, beta2), decoupled_weight_decay=decoupled, **shared)
+    if kind in (*NARROW, *BITSANDBYTES):
+        made = NarrowOptimizer if kind in NARROW else PagedOptimizer
+        return made(params, kind=kind, betas=(beta1, beta2), decoupled_weight_decay=decoupled, **shared)
     return Adafactor(params, lr=lr, betas=(beta1, beta2), weight_decay=group["weight_decay"])
 
 

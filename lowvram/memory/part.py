@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lowvram import seeded
 from lowvram.memory import host, optimizers
-from lowvram.memory.policy import BITSANDBYTES
+from lowvram.memory.policy import BITSANDBYTES, NARROW
 
 
 class Part:
@@ -17,7 +17,8 @@ class Part:
     A step that is interrupted (an optimizer that ran out of memory) can be called again: it is applied once.
 
     Args:
-        params: fp32, or bf16 without a master copy: those are stepped in fp32, then rounded stochastically.
+        params: fp32, or bf16 without a master copy: those are stepped in fp32, then rounded stochastically; by the
+            kernel itself for the kinds of `policy.NARROW`.
         indices: the places of `params` among the network's, for random numbers that depend on nothing else.
         kind, like: see `optimizers.build`.
         state_on_host: keep the state in host memory between steps.
@@ -36,7 +37,8 @@ class Part:
         self.params = list(params)
         self.indices = list(indices)
         self.device = device
-        self.narrow = self.params[0].dtype == torch.bfloat16
+        self.whole = kind in NARROW  # factor, step and rounding in one kernel
+        self.narrow = self.params[0].dtype == torch.bfloat16 and not self.whole
         # Stand-ins are what the inner optimizer sees of bf16 weights: filled in fp32 for a step, empty between steps.
         self.shells = [nn.Parameter(p.detach().float()) for p in self.params] if self.narrow else self.params
         self.optimizer = optimizers.build(kind, self.shells, like=like)
@@ -45,8 +47,8 @@ class Part:
         # Before any hook of others: what they raise must not make an applied step look like one to repeat.
         self.optimizer.register_step_post_hook(lambda *_: setattr(self, "_stepped", True))
         # Kernels of a whole step allocate nothing between their first and last write.
-        whole = self.optimizer.param_groups[0].get("fused") or optimizers.kind_of(self.optimizer) in BITSANDBYTES
-        self._may_stop_midway = not whole
+        fused = self.optimizer.param_groups[0].get("fused") or optimizers.kind_of(self.optimizer) in BITSANDBYTES
+        self._may_stop_midway = not fused and not self.whole
         self._host_state: list[Tensor] | None = [] if state_on_host else None
         self._empty_shells()
         self._download()
@@ -65,9 +67,13 @@ class Part:
                 for shell, param, grad in zip(self.shells, self.params, grads, strict=True):
                     if self.narrow:
                         shell.data = param.detach().float()
-                    shell.grad = None if grad is None else _scaled(grad, factor, like=shell)
+                    shell.grad = None if grad is None else _scaled(grad, 1.0 if self.whole else factor, like=shell)
                 self._upload()
-                self._inner_step()
+                if self.whole:
+                    keys = [seeded.mix(seed, count, index) for index in self.indices]
+                    self.optimizer.step(factor=factor, keys=keys)  # type: ignore[call-overload]
+                else:
+                    self._inner_step()
             self._round(seed, count)  # done again, it draws the same numbers
         except BaseException:
             if not self._stepped:  # the gradients are needed for another try

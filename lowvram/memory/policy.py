@@ -10,7 +10,8 @@ from lowvram.settings import MEMORY_CHOICES, Settings
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 ATTENTION = MEMORY_CHOICES["attention"]
-BITSANDBYTES = ("adam8bit", "paged_adam", "paged_adam8bit", "lion8bit")
+NARROW = ("adam8bit", "lion8bit")  # on lowvram's own kernel; they round bf16 weights themselves
+BITSANDBYTES = ("paged_adam", "paged_adam8bit")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +38,8 @@ class PhasePolicy:
 class OptimizerPolicy:
     """How the weights of one optimizer are held and changed.
 
-    kind: adam is the task's own at full width; the others take its hyperparameters.
+    kind: adam is the task's own at full width; the others take its hyperparameters. adam8bit and lion8bit run on
+        lowvram's own kernel, on every device; paged_adam and paged_adam8bit on bitsandbytes'.
     update: after the backward; fused: inside it, each gradient freed at once (no clipping, no accumulation); deferred:
         gradients go to the host as they are made, and the update, which is exact, follows.
     state: where the optimizer's state lives. weights: on the device, or streamed from the host block by block.
@@ -107,7 +109,7 @@ class MemoryPolicy:
         if optimizer.kind in (*BITSANDBYTES, "adafactor"):
             raise LowVRAMError(
                 f"{setting} with memory.optimizer.{name}={optimizer.kind}: it does not know sharded tensors.",
-                f"Use memory.optimizer.{name}=adam, or memory.fsdp=none.",
+                f"Use memory.optimizer.{name}=adam or adam8bit, or memory.fsdp=none.",
             )
         for field_, plain in (("update", "after"), ("state", "device"), ("weights", "device")):
             value = getattr(optimizer, field_)

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from lowvram.errors import LowVRAMError
-from lowvram.memory import fsdp, host, optimizers
+from lowvram.memory import fsdp, host, optimizer_convert, optimizers
 from lowvram.memory.part import Part
-from lowvram.memory.policy import OptimizerPolicy
+from lowvram.memory.policy import NARROW, OptimizerPolicy
 from lowvram.memory.precision import LossScale
 from lowvram.memory.stream import BlockStream
 
@@ -231,9 +231,10 @@ class Updater:
             factor *= min(1.0, clip_norm / (norm_value + 1e-6))
         if self.policy.update == "after":
             grads = [p.grad for p in self.params if p.grad is not None]
-            if factor != 1 and grads:
+            if factor != 1 and grads and self.policy.kind not in NARROW:  # whose kernel takes the factor
                 torch._foreach_mul_(grads, factor)
-            self._plan(1.0, frozenset(p for p in self.params if p.grad is not None))
+                factor = 1.0
+            self._plan(factor, frozenset(p for p in self.params if p.grad is not None))
         elif self.policy.update == "deferred":
             self._plan(factor, frozenset(self._norms))
         self._norms.clear()
@@ -350,7 +351,7 @@ class Updater:
         parts = [part for bucket in self.buckets.values() for part in bucket.parts]
         shells = {p: s for part in parts for p, s in zip(part.params, part.shells, strict=True)}
         if self.sharded:
-            tensors = fsdp.sharded_like(tensors, self.params)
+            tensors = fsdp.sharded_like(optimizer_convert.widened(tensors, self.params), self.params)
         messages = optimizers.unpack_many([part.optimizer for part in parts], self.params, shells, tensors, numbers)
         for part in parts:
             part.adopt_state()
@@ -389,7 +390,8 @@ class Updater:
 
     def _portions(self, params: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
         """Parameters that are stepped at once. One at a time where each would need a temporary or a step of its own."""
-        alone = self.policy.update == "fused" or self.policy.weights_dtype == "bf16"
+        shells = self.policy.weights_dtype == "bf16" and self.policy.kind not in NARROW
+        alone = self.policy.update == "fused" or shells
         return [[p] for p in params] if alone else [list(params)]
 
     def _make_part(self, params: list[nn.Parameter], bucket: Bucket) -> Part:

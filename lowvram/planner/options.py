@@ -116,7 +116,7 @@ def _optimizers(
 ) -> list[OptimizerPolicy]:
     own = dict(fixed.optimizers.get(name, {}))
     plain = OptimizerPolicy(weights=structure.weights, weights_dtype=structure.weights_dtype, **_plain(structure))
-    narrow = "adam8bit" in allow and tier > 1 and not structure.sharded
+    narrow = "adam8bit" in allow and tier > 1
     kinds = [own["kind"]] if "kind" in own else ["adam", *(["adam8bit"] if narrow else [])]
     found = []
     for kind in kinds:

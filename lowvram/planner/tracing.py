@@ -20,7 +20,9 @@ from lowvram.memory import host
 from lowvram.memory.apply import Applied
 from lowvram.memory.fsdp import local
 from lowvram.memory.ladder import PhaseFacts
-from lowvram.memory.policy import BITSANDBYTES, MemoryPolicy, OptimizerPolicy
+from lowvram.memory.narrow_optimizer import NarrowOptimizer
+from lowvram.memory.paged_optimizer import PagedOptimizer
+from lowvram.memory.policy import BITSANDBYTES, NARROW, MemoryPolicy, OptimizerPolicy
 from lowvram.memory.update import Updater
 from lowvram.phase import Phase
 from lowvram.planner import pretended
@@ -289,9 +291,9 @@ class Tracer:
         if self.structure.fsdp == "offload":  # the host's, as the step is
             self.recorder.start()
             return Recorded(piece=self.recorder.cut())
-        # Optimizers that are not known make their state in the first step, and 8 bits what they stand for. Of sharded
+        # Optimizers that are not known make their state in the first step, and those of 8 bits their tables. Of sharded
         # tensors torch works out the shapes of each operation once, on whole ones.
-        if not _state_of(updater) or job.optimizer.kind in BITSANDBYTES or self.structure.sharded:
+        if not _state_of(updater) or job.optimizer.kind in (*NARROW, *BITSANDBYTES) or self.structure.sharded:
             self._update_once(updater, 1.0 if self._clips(job.name) else None)
         residents = Residents(sizes=tuple(_sizes(_state_of(updater), OPTIMIZER, set())))
         params = updater.params
@@ -353,8 +355,9 @@ class Tracer:
 def _state_of(updater: Updater) -> list[Tensor]:
     parts = [part for bucket in updater.buckets.values() for part in bucket.parts]
     values = tree_leaves([list(state.values()) for part in parts for state in part.optimizer.state.values()])
-    for part in parts:  # what 8 bits stand for
-        values += getattr(part.optimizer, "_codes", {}).values()
+    for part in parts:  # what 8 bits stand for, and what a launch reads
+        if isinstance(part.optimizer, (NarrowOptimizer, PagedOptimizer)):
+            values += part.optimizer.workspace_tensors()
     return [local(value) for value in values if isinstance(value, Tensor)]
 
 

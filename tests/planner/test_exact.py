@@ -104,11 +104,20 @@ class Hand:
         return sum(self._state_of(shape) for shape in self.shapes) + self.tables_bytes()
 
     def tables_bytes(self) -> int:
-        """256 floats for each kind of 8-bit moment; on the device, for each group of parameters stepped at once."""
+        """Two kinds of 256 levels and bounds; 12 numbers a parameter, and one for each 2048 elements. On the device."""
         if not self.kind.endswith("8bit"):
             return 0
-        groups = len(self.shapes) if self.update == "fused" else 1
-        return groups * self._moments() * r(4 * 256)
+        groups = [[shape] for shape in self.shapes] if self.update == "fused" else [self.shapes]
+        programs = [sum(-(-elements(shape) // 2048) for shape in group) for group in groups]
+        return sum(
+            r(4 * 2 * 512) + r(8 * 12 * len(g)) + r(4 * count) for g, count in zip(groups, programs, strict=True)
+        )
+
+    @staticmethod
+    def chunk_bytes(shapes: list[tuple[int, ...]]) -> int:
+        """Without Triton: six temporaries of the largest tensor in blocks of 256, and 32 bytes an element to spare."""
+        longest = max(-(-elements(shape) // 256) * 256 for shape in shapes)
+        return 6 * r(4 * longest) + r(32 * longest)
 
     def _moments(self) -> int:
         return 1 if self.kind == "lion8bit" or self.like == "Adam without first moment" else 2
@@ -191,7 +200,7 @@ class Hand:
         """What one parameter's step inside the backward needs beside its gradient: its norm, and temporaries."""
         weight, state = r(4 * elements(shape)), self._state_of(shape)
         if self.kind.endswith("8bit"):
-            return S + r(4 * 4096)
+            return S + self.chunk_bytes([shape])
         if self.kind == "adafactor":
             return S + weight + state + weight + self._factors(shape)
         return S + (weight + state if self.like.startswith("SGD") else 0)
@@ -213,7 +222,7 @@ class Hand:
         brought = self.weights_bytes() if self.update == "deferred" else 0
         brought += self.state_bytes() - self.held_state_bytes()
         if self.kind.endswith("8bit"):
-            return loss + brought + r(4 * 4096)
+            return loss + brought + self.chunk_bytes(self.shapes)
         if self.kind == "adafactor":
             copies = self.weights_bytes() + self.state_bytes()
             sides = max(self._factors(shape) for shape in self.shapes)
