@@ -111,10 +111,11 @@ class StyleGAN2Task(Task):
         assert isinstance(settings, StyleGAN2Settings) and settings.weights is not None
         path = Path(settings.weights).expanduser()
         published = weights.shape(path, stylegan_pickle.read(path))
-        if published["resolution"] != settings.resolution:
+        size = published["resolution"]
+        if size != settings.resolution:
             raise LowVRAMError(
-                f"weights={path} makes images of {published['resolution']} pixels, and resolution={settings.resolution}.",
-                f"Use resolution={published['resolution']}, or a recipe of that size.",
+                f"weights={path} makes images of {size} pixels, and resolution={settings.resolution}.",
+                f"Use resolution={size}, or a recipe of that size.",
             )
         model = settings.model
         for name, value in published.items():
