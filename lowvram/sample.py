@@ -1,4 +1,4 @@
-"""`python -m lowvram.sample run=FOLDER`: images of a trained run as files, or a looping animation."""
+"""`python -m lowvram.sample run=FOLDER`: images of a trained run, or of weights, as files or a looping animation."""
 
 from __future__ import annotations
 
@@ -31,10 +31,13 @@ def _help(text: str) -> dict[str, str]:
 class SampleOptions:
     """Write what a trained run makes: one PNG for each image and grid.png, or with interpolate=true a looping walk."""
 
-    run: str = field(metadata=_help("the run folder that training wrote"))
+    run: str | None = field(default=None, metadata=_help("the run folder that training wrote"))
+    weights: str | None = field(
+        default=None, metadata=_help("in place of run: a published StyleGAN2 (.pkl), or what lowvram.convert wrote")
+    )
     n: int | None = field(default=None, metadata=_help("images (16); with interpolate, walks side by side"))
     seed: int = field(default=0, metadata=_help("image i depends on the seed and i alone"))
-    out: str | None = field(default=None, metadata=_help("folder to write to (RUN/samples, or the next free one)"))
+    out: str | None = field(default=None, metadata=_help("folder to write to (samples in RUN or in outputs/WEIGHTS)"))
     truncation: float | None = field(
         default=None, metadata=_help("StyleGAN2: 1 for full variety, 0.7 for safer images, 0 for the average")
     )
@@ -61,6 +64,10 @@ class SampleOptions:
     fps: int = field(default=24, metadata=_help("frames a second"))
 
     def __post_init__(self) -> None:
+        if (self.run is None) == (self.weights is None):
+            raise LowVRAMError(
+                "sample needs a run or weights, one of them.", "Write run=outputs/faces32, or weights=stylegan2.pkl."
+            )
         for name in ("n", "micro_batch", "fps", "steps"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -77,11 +84,15 @@ class SampleOptions:
 
 def main(options: SampleOptions) -> None:
     """Sample a run. Raises LowVRAMError for what is missing, unknown or in the way."""
-    from lowvram.tasks import load_run
+    from lowvram.tasks import load_run, load_weights
 
-    run = Path(options.run).expanduser()
     _check_out(options.out)
-    task = load_run(run, checkpoint=options.checkpoint, device=options.device)
+    if options.weights is not None:
+        run = Path("outputs") / Path(options.weights).stem
+        task = load_weights(options.weights, device=options.device)
+    else:
+        run = Path(options.run or "").expanduser()
+        task = load_run(run, checkpoint=options.checkpoint, device=options.device)
     chosen = named_options(options, task)
     try:
         path = animate(options, task, run, chosen) if options.interpolate else images(options, task, run, chosen)

@@ -36,7 +36,7 @@ NEVER = {
     "trainer": ("models", "objectives"),
     "phase": ("models", "objectives", "tasks", "memory", "planner"),
 }
-COMMANDS = ("train", "plan", "sample", "evaluate")
+COMMANDS = ("train", "plan", "sample", "evaluate", "convert")
 
 
 def imports_of(path: Path) -> set[str]:

@@ -200,6 +200,17 @@ def load_run(run_folder: str | Path, *, checkpoint: str | int = "latest", device
     return task
 
 
+def load_weights(path: str | Path, *, device: str = "auto") -> Task:
+    """Published StyleGAN2 weights, or what `lowvram.convert` made of a run, ready to sample from.
+
+    Raises:
+        LowVRAMError: they can't be read, or are of something else.
+    """
+    from lowvram.tasks.stylegan2 import StyleGAN2Task
+
+    return StyleGAN2Task.of_weights(Path(path).expanduser(), pick_device(device))
+
+
 def load_network(
     network: nn.Module,
     tensors: dict[str, Tensor],

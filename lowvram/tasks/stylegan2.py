@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lowvram import seeded, standin
+from lowvram.config import load_recipe
 from lowvram.ema import ExponentialMovingAverage
 from lowvram.errors import LowVRAMError
 from lowvram.models.augment import AugmentPipe, adapt
@@ -23,7 +24,6 @@ from lowvram.sampling import gan
 from lowvram.settings import Settings, StyleGAN2Settings
 from lowvram.tasks import Task
 from lowvram.weights import stylegan2 as weights
-from lowvram.weights import stylegan_pickle
 
 
 class StyleGAN2Task(Task):
@@ -35,10 +35,20 @@ class StyleGAN2Task(Task):
     own_precision = True
     sample_options = ("truncation_psi", "noise_mode", "classes")
 
-    def __init__(self, settings: StyleGAN2Settings, device: torch.device, folder: Path | None = None) -> None:
+    def __init__(
+        self,
+        settings: StyleGAN2Settings,
+        device: torch.device,
+        folder: Path | None = None,
+        *,
+        classes: int | None = None,
+    ) -> None:
+        """classes: that the networks know; None: those of the data set."""
         super().__init__(settings, device, folder)
         self.group = settings.model.mbstd_group_size
-        self.c_dim = self.dataset().num_classes if settings.data.labels else 0
+        if classes is None:
+            classes = self.dataset().num_classes if settings.data.labels else 0
+        self.c_dim = classes
         self.G_ema = self._generator().eval().requires_grad_(False)
         self.networks = {"G_ema": self.G_ema}
 
@@ -110,7 +120,7 @@ class StyleGAN2Task(Task):
     def with_shape_of_weights(cls, settings: Settings) -> Settings:
         assert isinstance(settings, StyleGAN2Settings) and settings.weights is not None
         path = Path(settings.weights).expanduser()
-        published = weights.shape(path, stylegan_pickle.read(path))
+        published = weights.shape(path, weights.read(path))
         size = published["resolution"]
         if size != settings.resolution:
             raise LowVRAMError(
@@ -130,7 +140,7 @@ class StyleGAN2Task(Task):
         return replace(settings, model=model)
 
     def load_weights(self, path: Path) -> None:
-        published = stylegan_pickle.read(path)
+        published = weights.read(path)
         classes = weights.shape(path, published).get("c_dim", 0)
         if classes != self.c_dim:
             raise LowVRAMError(
@@ -138,15 +148,33 @@ class StyleGAN2Task(Task):
                 "Use data of as many classes (data.labels=true), or weights without any (data.labels=false).",
             )
         averaged, trained = (published.get(name) for name in ("G_ema", "G"))
-        for name, network, source in (
-            ("G", self.G, trained or averaged),
-            ("G_ema", self.G_ema, averaged or trained),
-            ("D", self.D, published.get("D")),
-        ):
+        sources = {"G_ema": averaged or trained, "G": trained or averaged, "D": published.get("D")}
+        for name, source in sources.items():
+            network = self.networks.get(name)
+            if network is None:  # made for training alone
+                continue
             if source is None:
                 self.say(f"weights={path} has no {name}, which starts from random weights")
             else:
                 weights.load(path, name, source, network)
+
+    @classmethod
+    def of_weights(cls, path: Path, device: torch.device) -> "StyleGAN2Task":
+        """A task that samples from a file of weights, in fp32, and knows nothing of how they were trained.
+
+        Raises:
+            LowVRAMError: the file can't be read, or holds no generator.
+        """
+        published = weights.read(path)
+        if not {"G", "G_ema"} & set(published):
+            raise LowVRAMError(f"weights={path} holds no generator.", "Use a file with G_ema.")
+        shape = weights.shape(path, published)
+        overrides = [f"weights={path}", f"resolution={shape['resolution']}", "precision=fp32", "data.labels=false"]
+        settings = load_recipe("faces256", overrides)
+        assert isinstance(settings, StyleGAN2Settings)
+        task = cls(settings, device, classes=shape.get("c_dim", 0))
+        task.load_weights(path)
+        return task
 
     # The four losses. Each returns a mean over the micro-batch; the phase's interval is applied by the trainer.
 

@@ -1,19 +1,25 @@
 """Published StyleGAN2 networks as ours: their shape as settings, and their tensors by the same keys.
 
 Published files name a network's shape by the arguments of its constructor; newer ones flatten those of the synthesis
-network into the generator's.
+network into the generator's. They are pickles; what is written here is a .safetensors file of the same contents: keys
+such as `G_ema.mapping.fc0.weight`, and the arguments, by the published names, as JSON in its metadata, "stylegan2".
 """
 
+import json
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lowvram.errors import LowVRAMError
-from lowvram.weights.stylegan_pickle import PublishedNetwork
+from lowvram.settings import StyleGAN2Settings
+from lowvram.weights import stylegan_pickle
+from lowvram.weights.stylegan_pickle import NAMES, PublishedNetwork
 
 # Arguments by group, with the setting of ours that says the same; None: no effect on what is computed or trained here.
 _GENERATOR: dict[str, str | None] = {
@@ -65,6 +71,76 @@ _FIXED: dict[str, tuple[Any, ...]] = {
 }
 _DEFAULTS = {"model.channel_base": 32768, "model.channel_max": 512, "model.mapping_layers": 8, "img_channels": 3}
 _OTHER = "Only the StyleGAN2 of the published configurations can be taken: skip generator, residual discriminator."
+
+
+_METADATA = "stylegan2"
+
+
+def read(path: Path) -> dict[str, PublishedNetwork]:
+    """The networks of a published pickle, or of a file that `write` made, by name: G, D and G_ema, if they are there.
+
+    Raises:
+        LowVRAMError: it is neither, damaged, or asks for anything to be executed.
+    """
+    if path.suffix != ".safetensors":
+        return stylegan_pickle.read(path)
+    try:
+        with safe_open(path, "pt") as file:
+            records = json.loads((file.metadata() or {})[_METADATA])
+            states: dict[str, dict[str, Tensor]] = {name: {} for name in NAMES if name in records}
+            for key in file.keys():  # noqa: SIM118 - it is no dict
+                name, _, rest = key.partition(".")
+                states[name][rest] = stylegan_pickle.finite(path, key, file.get_tensor(key))
+            return {
+                name: PublishedNetwork(
+                    class_name=str(records[name]["class_name"]),
+                    args=(),
+                    arguments=dict(records[name]["arguments"]),
+                    state=state,
+                )
+                for name, state in states.items()
+            }
+    except (OSError, SafetensorError) as error:
+        raise LowVRAMError(f"weights={path} can't be read: {error}.", "Give a whole file.") from error
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise LowVRAMError(
+            f"weights={path} holds no StyleGAN2 networks.", "Use a published pickle, or what to=stylegan wrote."
+        ) from error
+
+
+def write(path: Path, networks: Mapping[str, PublishedNetwork]) -> None:
+    """Write networks as one .safetensors file, which appears whole or not at all."""
+    records = {n: {"class_name": p.class_name, "arguments": p.arguments} for n, p in networks.items()}
+    tensors = {f"{n}.{key}": t.contiguous() for n, p in networks.items() for key, t in p.state.items()}
+    draft = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, draft, {_METADATA: json.dumps(records)})
+        draft.replace(path)
+    except (OSError, SafetensorError) as error:
+        draft.unlink(missing_ok=True)
+        raise LowVRAMError(f"out={path} can't be written: {error}.", "Free some space, or choose another.") from error
+
+
+def published(settings: StyleGAN2Settings, name: str, state: Mapping[str, Tensor]) -> PublishedNetwork:
+    """A network of a run, "G", "D" or "G_ema", under the arguments that published files have for its shape."""
+    model = settings.model
+    embedding = state.get("mapping.embed.weight")
+    sizes: dict[str, Any] = {"channel_base": model.channel_base, "channel_max": model.channel_max}
+    sizes |= {"num_fp16_res": model.num_fp16_res, "conv_clamp": model.conv_clamp}
+    arguments: dict[str, Any] = {
+        "c_dim": 0 if embedding is None else embedding.shape[1],
+        "img_resolution": settings.resolution,
+        "img_channels": 3,
+    }
+    if name == "D":
+        arguments |= {**sizes, "epilogue_kwargs": {"mbstd_group_size": model.mbstd_group_size}}
+    else:
+        arguments |= {"z_dim": model.z_dim, "w_dim": model.w_dim, "synthesis_kwargs": sizes}
+        arguments["mapping_kwargs"] = {"num_layers": model.mapping_layers}
+    return PublishedNetwork(
+        class_name="Discriminator" if name == "D" else "Generator", args=(), arguments=arguments, state=state
+    )
 
 
 def shape(path: Path, networks: Mapping[str, PublishedNetwork]) -> dict[str, Any]:

@@ -178,9 +178,7 @@ def _network(path: Path, name: str, record: _Record) -> PublishedNetwork:
     for key, tensor in _tensors(record, "", 0):
         if key in state:
             raise LowVRAMError(f"weights={path}: {name} has {key} twice.", "Download it again.")
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise LowVRAMError(f"weights={path}: {name}.{key} has values that are not finite.", "Download it again.")
-        state[key] = tensor
+        state[key] = finite(path, f"{name}.{key}", tensor)
     arguments = record.state.get("_init_kwargs") or {}
     args = record.state.get("_init_args") or ()
     if not isinstance(arguments, dict) or not isinstance(args, (tuple, list)):
@@ -188,6 +186,13 @@ def _network(path: Path, name: str, record: _Record) -> PublishedNetwork:
     values = {str(key): _plain(path, f"{name}.{key}", value, 0) for key, value in arguments.items()}
     positional = tuple(_plain(path, f"{name}.args", value, 0) for value in args)
     return PublishedNetwork(class_name=record.class_name, args=positional, arguments=values, state=state)
+
+
+def finite(path: Path, key: str, tensor: Tensor) -> Tensor:
+    """The tensor. Raises LowVRAMError if it holds what is no number."""
+    if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+        raise LowVRAMError(f"weights={path}: {key} has values that are not finite.", "Download it again.")
+    return tensor
 
 
 def _tensors(module: Any, prefix: str, depth: int) -> Iterator[tuple[str, Tensor]]:
