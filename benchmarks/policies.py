@@ -14,7 +14,7 @@ hits all alike; medians are quoted. speed: plain seconds by a policy's.
 --traced: on fake tensors that stand for a card's (lowvram.planner), for which nothing is computed: live bytes, what
 torch's allocator would reserve for them, floating-point operations, and bytes copied to the host and back. Two steps
 run whole, one operation after the other; the planner, which puts a step together from pieces, has to agree with them.
-A kernel's own workspace is not seen.
+A kernel's own workspace is not seen. Kernels are PyTorch's: Triton's need the same memory or a little less.
 
 --json: a point for each policy, in the schema of benchmarks.record; what is traced is "policies_traced" there.
 """

@@ -151,8 +151,9 @@ def test_streamed_weights_and_narrow_state_stay_under_two_blocks() -> None:
     chosen = policy(weights="stream", update="fused", weights_dtype="bf16", kind="adam8bit")
     two_blocks = 2 * BLOCK_BYTES // 2
     largest = 4 * CHANNELS * CHANNELS * 9  # one convolution in fp32: weights, gradient, moments and their rounding
+    random_bits = 24 << 14  # PyTorch makes them for so many elements at a time
     maps = (BLOCKS + 7) * ACTIVATION_BYTES // 2
-    assert peak_bytes(chosen) <= two_blocks + 8 * largest + maps + SLACK_BYTES
+    assert peak_bytes(chosen) <= two_blocks + 8 * largest + random_bits + maps + SLACK_BYTES
 
 
 @pytest.mark.parametrize("ema", ["device", "host"])

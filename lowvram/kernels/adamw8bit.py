@@ -109,6 +109,8 @@ def memory_order(tensor: Tensor) -> Tensor:
 
 def is_dense(tensor: Tensor) -> bool:
     """Whether a tensor fills its memory without gaps, in any order."""
+    if tensor.is_contiguous():  # nearly always, and quickly told: a step asks for every parameter
+        return True
     expected = 1
     for stride, size in sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
         if size == 0:
@@ -258,7 +260,7 @@ def _step_triton(
         narrow = (firsts or seconds)[i].dtype == torch.uint8
         rows.append([*pointers, weight.numel(), program, key, *map(_bits, _sizes(rule, step)), narrow])
         program += -(-weight.numel() // _TILE)
-    filled = torch.tensor(rows, dtype=torch.int64, pin_memory=table.is_cuda)
+    filled = torch.tensor(rows, dtype=torch.int64, device="cpu", pin_memory=table.is_cuda)
     table.copy_(filled, non_blocking=True)
     weight, grad = next((w, g) for w, g in zip(weights, grads, strict=True) if g is not None)
     launch(
@@ -456,13 +458,20 @@ def adamw8bit_(
             rule.decoupled,
             random and weight == torch.bfloat16,
         )
+    # As operations of torch do, for backwards that saved them and for who asks whether they changed.
+    changed = [(s.weight, s.first, s.first_scale, s.second, s.second_scale) for s in with_grad]
+    torch.autograd.graph.increment_version([t for tensors in changed for t in tensors if t is not None])
 
 
 def _check(slots: Sequence[Slot], multiplier: Tensor | None) -> None:
     if multiplier is not None and (multiplier.numel() != 1 or multiplier.dtype != torch.float32):
         raise ValueError(f"multiplier must be one float32 number, not {multiplier.dtype} {list(multiplier.shape)}")
     for slot in slots:
-        n = slot.weight.numel()
+        n, device = slot.weight.numel(), slot.weight.device
+        for name in ("weight", "grad", "first", "second", "first_scale", "second_scale"):
+            tensor = getattr(slot, name)
+            if tensor is not None and tensor.device != device:  # a kernel that is given addresses would not notice
+                raise ValueError(f"{name} is on {tensor.device}, and its weight on {device}")
         for name in ("weight", "grad", "first", "second"):
             tensor = getattr(slot, name)
             if tensor is not None and (tensor.shape != (n,) or not tensor.is_contiguous()):

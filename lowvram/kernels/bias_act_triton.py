@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lowvram.kernels.dispatch import jit, launch, register, tl, wide
+from lowvram.kernels.dispatch import jit_for_any, launch, register, tl, wide
 
 _TILE = 2048  # elements at a time: 128 threads each load 16 of an operand, in 16 bits by two instructions of 16 bytes
 _TILE_ROW_BYTES = 512  # what a warp loads by one of them: the sum along a row stays within the warp
@@ -71,7 +71,7 @@ def is_channels_last(x: Tensor) -> bool:
     return x.ndim in formats and not x.is_contiguous() and x.is_contiguous(memory_format=formats[x.ndim])
 
 
-@jit
+@jit_for_any("rows", "row_blocks", "column_blocks")
 def _forward_kernel(
     x,
     y,
@@ -122,7 +122,7 @@ def _forward_kernel(
         tl.store(y + at, v.to(y.dtype.element_ty), mask=inside)
 
 
-@jit
+@jit_for_any("rows", "row_blocks", "column_blocks")
 def _backward_kernel(
     dy,
     y,

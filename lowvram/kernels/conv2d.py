@@ -151,6 +151,15 @@ def _conv(x: Tensor, w: Tensor, style: Tensor | None, geometry: _Geometry, trito
     return _Convolve.apply(x, w, style, proxy, geometry, triton)
 
 
+def _autocast(x: Tensor, w: Tensor, style: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What autocast makes of a convolution's operands: here, as the backward runs outside of it on what is kept."""
+    kind = x.device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):  # "meta" has none
+        return x, w, style
+    dtype = torch.get_autocast_dtype(kind)
+    return x.to(dtype), w.to(dtype), None if style is None else style.to(dtype)
+
+
 def conv2d(
     x: Tensor,
     w: Tensor,
@@ -164,11 +173,13 @@ def conv2d(
     """Convolution (a correlation, as everywhere in PyTorch) of style * x; exact first and second derivatives.
 
     x: [B, I, H, W]; w: [O, I, k, k], or [I, O, k, k] for transposed=True; style: [B, I] or None; all of one dtype.
-    Keeps x, w and style for the backward, and nothing else. Returns what F.conv2d or F.conv_transpose2d would.
+    Keeps x, w and style for the backward, and nothing else. Returns what F.conv2d or F.conv_transpose2d would; under
+    autocast all of it in autocast's dtype.
     """
     if w.ndim != 4 or w.shape[2] != w.shape[3] or x.ndim != 4 or x.shape[1] != w.shape[0 if transposed else 1]:
         raise ValueError(f"x {tuple(x.shape)} and w {tuple(w.shape)} don't fit a convolution with a square kernel")
     if style is not None and style.shape != x.shape[:2]:
         raise ValueError(f"style {tuple(style.shape)} must be [B, I] of x {tuple(x.shape)}")
     triton = runs_triton(impl, x) and style is not None and fits_triton(x)
+    x, w, style = _autocast(x, w, style)
     return _conv(x, w, style, _Geometry(w.shape[2], stride, padding, transposed), triton)

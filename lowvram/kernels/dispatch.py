@@ -12,6 +12,7 @@ from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from lowvram.errors import LowVRAMError
 
@@ -49,6 +50,18 @@ _log = logging.getLogger("lowvram")
 def jit(function: Callable[..., Any]) -> Any:
     """A Triton kernel; without Triton a name that can't be launched."""
     return function if _missing is not None else triton.jit(function)
+
+
+def jit_for_any(*names: str) -> Callable[[Callable[..., Any]], Any]:
+    """`jit`, where one compilation serves all values of these whole numbers.
+
+    Of others Triton compiles a kernel for 1, for multiples of 16 and for the rest, which wide loads may want.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        return function if _missing is not None else triton.jit(function, do_not_specialize=names)
+
+    return decorate
 
 
 def runs_triton(impl: Impl, x: Tensor) -> bool:
@@ -175,20 +188,31 @@ def _add_one(x):
     tl.store(x, tl.load(x) + 1)
 
 
-@functools.cache
 def works_on(device: int) -> bool:
-    """Whether a small kernel gives the right answer there: Triton wants a C compiler and a driver of its time."""
+    """Whether a small kernel gives the right answer on a card: Triton wants a C compiler and a driver of its time."""
+    return _tried_on(device)
+
+
+# torch.compile is to take the answer, not to trace the trial. (torch's own decorator for it imports all of dynamo.)
+works_on._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _tried_on(device: int) -> bool:
     if torch.cuda.get_device_capability(device) < TRITON_FROM:
         return False
     if _missing is not None:
         reason = f"it can't be imported ({_missing})"
     else:
         try:
-            x = torch.ones(1, device=torch.device("cuda", device))
-            launch(_add_one, (1,), x)
-            if x.item() == 2:
-                return True
+            with _disable_current_modes():  # somebody's trace may be the first to ask
+                x = torch.ones(1, device=torch.device("cuda", device))
+                launch(_add_one, (1,), x)
+                if x.item() == 2:
+                    return True
             reason = "it gave a wrong result"
+        except torch.OutOfMemoryError:
+            raise  # which tells nothing of Triton
         except Exception as error:  # whatever it is, training goes on without it
             reason = f"it failed: {type(error).__name__}: {error}"
     _log.warning("Triton does not work on this card, as %s; PyTorch's own kernels are used.", reason)

@@ -285,7 +285,7 @@ class _Plan(NamedTuple):
     def reduce(self) -> dict[str, int]:
         ch = _power(self.width)
         rows = max(1, min(_power(self.chunks), _TILE // 2 // ch))
-        return {"CH": ch, "ROWS": rows, "STEPS": -(-self.chunks // rows)}
+        return {"CH": ch, "ROWS": rows, "STEPS": _power(-(-self.chunks // rows))}
 
 
 def _plan(x: Tensor, groups: int) -> _Plan:

@@ -32,7 +32,7 @@ class _LinearMap(Function):
         ctx.set_materialize_grads(False)  # no gradient is not a gradient of zeros, here and below
         ctx.maps = forward, adjoint
         ctx.save_for_backward(*constants)
-        with _no_autocast(x.device.type):
+        with no_autocast(x.device.type):
             return forward(x, *constants)
 
     @staticmethod
@@ -44,7 +44,8 @@ class _LinearMap(Function):
         return grad_x, None, None, *[None] * len(ctx.saved_tensors)
 
 
-def _no_autocast(device_type: str) -> AbstractContextManager[Any]:
+def no_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Within, operations keep their inputs' dtypes."""
     if torch.amp.is_autocast_available(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()  # "meta" has no autocast

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowvram.kernels.dispatch import Impl, jit, launch, register, runs_triton, tl, triton, wide
+from lowvram.kernels.dispatch import Impl, jit_for_any, launch, register, runs_triton, tl, triton, wide
 
 _TILE = 4096  # elements of x: 32 for each of 128 threads, four loads of 16 bytes in 16 bits
 _PARTS = 8  # of a batch, whose products PyTorch makes one after another
@@ -25,7 +25,7 @@ def plain(x: Tensor, style: Tensor) -> Tensor:
 # --- Triton ---
 
 
-@jit
+@jit_for_any("channel_blocks", "pixel_blocks")
 def _modulate_kernel(
     x, style, y, channels, pixels, channel_blocks, pixel_blocks,
     CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
@@ -50,7 +50,7 @@ def _modulate_kernel(
     tl.store(y + at + offset, result.to(y.dtype.element_ty), mask=inside)
 
 
-@jit
+@jit_for_any("channel_blocks", "pixel_blocks")
 def _modulate_backward_kernel(
     g, x, style, partial, channels, pixels, channel_blocks, pixel_blocks,
     SCALE_G: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr,
@@ -84,7 +84,7 @@ def _modulate_backward_kernel(
         tl.store(g + at + offset, (grad * factor).to(g.dtype.element_ty), mask=inside)
 
 
-@jit
+@jit_for_any("kernels")
 def _energy_kernel(w, energy, kernels, TAPS: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr):
     """A lane for each kernel: its TAPS numbers lie together, so that the loads after the first hit the cache."""
     kernel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

@@ -212,4 +212,5 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, *, impl
     if weight is not None and weight.shape != x.shape[-1:]:
         raise ValueError(f"weight {tuple(weight.shape)} must be {tuple(x.shape[-1:])}: the last dimension of x")
     triton = runs_triton(impl, x)
+    weight = None if weight is None else weight.contiguous()
     return _RMSNorm.apply(addressable(x) if triton else x, weight, eps, triton)

@@ -186,4 +186,4 @@ def rms_norm_rotate(x: Tensor, weight: Tensor, rotation: Tensor, eps: float = 1e
         raise ValueError(f"rotation {tuple(rotation.shape)} must be {(2, tokens, width // 2)}, for x {tuple(x.shape)}")
     triton = runs_triton(impl, x)
     rotation = rotation.detach().contiguous()
-    return _RMSNormRotate.apply(norm.addressable(x) if triton else x, weight, rotation, eps, triton)
+    return _RMSNormRotate.apply(norm.addressable(x) if triton else x, weight.contiguous(), rotation, eps, triton)

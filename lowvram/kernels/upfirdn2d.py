@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lowvram.kernels.dispatch import Impl, jit, launch, register, runs_triton, tl, triton, wide
+from lowvram.kernels.dispatch import Impl, jit_for_any, launch, register, runs_triton, tl, triton, wide
+from lowvram.kernels.linear_map import no_autocast
 
 Padding = tuple[int, int, int, int]  # left, right, top, bottom, in pixels of the up-sampled image; negative crops
 Factor = int | tuple[int, int]  # of both axes, or (vertical, horizontal)
@@ -80,7 +81,7 @@ def _tap(table, i, j, k):
     return table[i][j][k]
 
 
-@jit
+@jit_for_any("height", "width", "out_height", "out_width", "cells_y", "cells_x", "blocks", "origin_y", "origin_x")
 def _kernel(
     x, f, y, channels, height, width, out_height, out_width, cells_y, cells_x, blocks, origin_y, origin_x,
     STEP_Y: tl.constexpr, STEP_X: tl.constexpr, REACH_Y: tl.constexpr, REACH_X: tl.constexpr,
@@ -273,7 +274,8 @@ class _UpFirDn(torch.autograd.Function):
         ctx.save_for_backward(f)
         ctx.settings = (settings.adjoint(x.shape[2], x.shape[3], f), triton)
         if not triton:
-            return _run_torch(x, f, settings)
+            with no_autocast(x.device.type):
+                return _run_torch(x, f, settings)
         if not _lies_channels_last(x):
             x = x.contiguous()
         up, down, padding, gain, flip = settings

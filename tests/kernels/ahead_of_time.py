@@ -56,9 +56,11 @@ def _signature(kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any])
         k: v for k, v in options.items() if k in kernel.arg_names
     }
     constexprs = {p.name for p in kernel.params if p.is_constexpr}
+    any_value = {p.name for p in kernel.params if p.do_not_specialize}
     for index, name in enumerate(kernel.arg_names):
         value = given[name]
-        if name in constexprs or value is None or (type(value) is int and value == 1):
+        one = type(value) is int and value == 1 and name not in any_value
+        if name in constexprs or value is None or one:
             signature[name] = "constexpr"
             constants[(index,)] = value
         elif isinstance(value, torch.Tensor):
@@ -69,7 +71,7 @@ def _signature(kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any])
             signature[name] = "i1"
         elif isinstance(value, int):
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0:
+            if value % 16 == 0 and name not in any_value:
                 aligned[(index,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32"

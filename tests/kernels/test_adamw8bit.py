@@ -346,3 +346,36 @@ def test_it_can_be_traced_for_a_card_with_triton_and_without() -> None:
             for slot in chosen:
                 slot.grad, slot.step = torch.zeros_like(slot.weight), 1
             adamw8bit_(chosen, how, workspace(list(SIZES), torch.device("cpu")), factor=0.5)
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_what_was_changed_says_so(impl) -> None:
+    weight, left = torch.randn(64), torch.randn(64)
+    slots = [
+        Slot(
+            weight=w, grad=g, first=torch.zeros(64), first_scale=None, second=torch.zeros(64), second_scale=None, step=1
+        )
+        for w, g in ((weight, torch.randn(64)), (left, None))
+    ]
+    rule = Rule(lr=0.1, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0, decoupled=True)
+    kept = weight.requires_grad_().square()  # its backward wants the old weight
+    with torch.no_grad():
+        adamw8bit_(slots, rule, workspace([64, 64], torch.device("cpu")), impl=impl)
+    assert left._version == 0
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        kept.sum().backward()
+
+
+def test_tensors_of_two_devices_are_refused() -> None:
+    slot = Slot(
+        weight=torch.zeros(8),
+        grad=torch.zeros(8, device="meta"),
+        first=torch.zeros(8),
+        first_scale=None,
+        second=torch.zeros(8),
+        second_scale=None,
+        step=1,
+    )
+    rule = Rule(lr=0.1, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0, decoupled=True)
+    with pytest.raises(ValueError, match="grad is on meta, and its weight on cpu"):
+        adamw8bit_([slot], rule, workspace([8], torch.device("cpu")))

@@ -11,6 +11,7 @@ from torch.profiler import profile
 from lowvram.kernels import dispatch
 from lowvram.kernels.conv2d import conv2d, plain
 from lowvram.kernels.modulated_conv import kernel_energy
+from lowvram.planner.cuda_autocast import cuda_autocast_on_cpu
 
 GEOMETRIES = list(itertools.product((1, 2), (0, 1), (False, True)))  # stride, padding, transposed
 
@@ -167,6 +168,7 @@ def test_compiles_for_every_card_into_wide_accesses():
         """
 from lowvram.kernels.conv2d import conv2d
 from lowvram.kernels.modulated_conv import kernel_energy
+from lowvram.planner.cuda_autocast import cuda_autocast_on_cpu
 w = torch.empty(4, 64, 1, 1, dtype=torch.float16, requires_grad=True)
 style = torch.empty(2, 64, dtype=torch.float16, requires_grad=True)
 for layout in (torch.contiguous_format, torch.channels_last):
@@ -191,3 +193,17 @@ def test_bad_arguments_are_refused():
         conv2d(torch.zeros(1, 3, 8, 8), torch.zeros(4, 3, 3, 3), style=torch.zeros(1, 4))
     with pytest.raises(ValueError, match="impl='fast'"):
         conv2d(torch.zeros(1, 3, 8, 8), torch.zeros(4, 3, 3, 3), impl="fast")
+
+
+@pytest.mark.parametrize("with_style", [False, True])
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_under_a_cards_autocast_it_computes_in_16_bits_and_has_its_gradients(impl, with_style) -> None:
+    x, w = (torch.randn(size, requires_grad=True) for size in ((2, 3, 6, 6), (4, 3, 3, 3)))
+    style = torch.randn(2, 3, requires_grad=True) if with_style else None
+    with cuda_autocast_on_cpu(), torch.autocast("cpu", dtype=torch.bfloat16):
+        y = conv2d(x, w, style=style, padding=1, impl=impl)
+    assert y.dtype == torch.bfloat16
+    y.float().sum().backward()  # outside of autocast, as trainings do
+    expected = plain(x.detach(), w.detach(), None if style is None else style.detach(), padding=1)
+    torch.testing.assert_close(y.float(), expected, rtol=0.05, atol=0.15)
+    assert all(t.grad is not None and t.grad.dtype == torch.float32 for t in (x, w, style) if t is not None)

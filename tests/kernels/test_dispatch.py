@@ -74,16 +74,42 @@ def test_a_card_where_triton_fails_is_told_once_and_trains_on(monkeypatch, caplo
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
     monkeypatch.setattr(torch, "ones", broken)
-    dispatch.works_on.cache_clear()
+    dispatch._tried_on.cache_clear()
     try:
         with caplog.at_level(logging.WARNING, logger="lowvram"):
             assert not dispatch.works_on(0) and not dispatch.works_on(0)
         assert sum("no C compiler" in record.getMessage() for record in caplog.records) == 1
-        dispatch.works_on.cache_clear()
+        dispatch._tried_on.cache_clear()
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
         assert not dispatch.works_on(0)
     finally:
-        dispatch.works_on.cache_clear()
+        dispatch._tried_on.cache_clear()
+
+
+def test_a_trace_that_asks_first_does_not_decide_for_all(monkeypatch) -> None:
+    def ones(*size, device):
+        return torch.full(size, 1.0)
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    monkeypatch.setattr(torch, "ones", ones)
+    dispatch._tried_on.cache_clear()
+    try:
+        with torch._subclasses.fake_tensor.FakeTensorMode():
+            assert dispatch.works_on(0)
+    finally:
+        dispatch._tried_on.cache_clear()
+
+
+def test_compiling_takes_the_answer_and_not_the_trial(monkeypatch) -> None:
+    asked = []
+
+    def tried_on(device):
+        asked.append(torch.ones(1).item())  # which would break the graph
+        return True
+
+    monkeypatch.setattr(dispatch, "_tried_on", tried_on)
+    compiled = torch.compile(lambda x: x + 1 if dispatch.works_on(0) else x, backend="eager", fullgraph=True)
+    assert compiled(torch.zeros(1)).item() == 1 and asked
 
 
 def test_without_triton_everything_imports_and_runs(tmp_path) -> None:

@@ -166,3 +166,9 @@ def test_bad_input_is_named() -> None:
         rms_norm(torch.zeros(2, 3), torch.ones(4))
     with pytest.raises(ValueError, match="impl='fast'"):
         rms_norm(torch.zeros(2, 4), impl="fast")
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_a_weight_of_any_strides(impl) -> None:
+    x, weight = torch.randn(5, 8), torch.randn(16)
+    torch.testing.assert_close(rms_norm(x, weight[::2], impl=impl), rms_norm(x, weight[::2].clone(), impl=impl))

@@ -9,6 +9,7 @@ from tolerances import close, device
 
 from lowvram.kernels import dispatch
 from lowvram.kernels.upfirdn2d import downsample2d, make_filter, plain, upfirdn2d, upsample2d
+from lowvram.planner.cuda_autocast import cuda_autocast_on_cpu
 
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 
@@ -141,6 +142,7 @@ def test_compiles_for_every_card_into_wide_accesses_that_load_each_pixel_once():
     records = compile_all(
         """
 from lowvram.kernels.upfirdn2d import make_filter, upfirdn2d, upsample2d
+from lowvram.planner.cuda_autocast import cuda_autocast_on_cpu
 f = make_filter()
 x = torch.empty(2, 64, 32, 32, dtype=torch.float16).contiguous(memory_format=torch.channels_last)
 upfirdn2d(x, f, padding=(1, 1, 1, 1), gain=4.0, impl="triton")
@@ -166,3 +168,10 @@ def test_bad_arguments_are_refused():
         upfirdn2d(torch.zeros(1, 3, 4, 4), make_filter(), up=0)
     with pytest.raises(ValueError, match="smaller than f"):
         upfirdn2d(torch.zeros(1, 3, 4, 3), make_filter())
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_autocast_changes_no_dtype(impl) -> None:
+    x = torch.randn(1, 2, 8, 8)
+    with cuda_autocast_on_cpu(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert upfirdn2d(x, make_filter(), up=2, padding=(2, 1, 2, 1), impl=impl).dtype == torch.float32

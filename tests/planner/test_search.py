@@ -170,7 +170,8 @@ def test_settings_that_the_user_named_stay(name: str, pieces: Pieces, span: tupl
 
 
 def test_roundings_come_only_where_allowed(pieces: Pieces, search: Search, span: tuple[int, int]) -> None:
-    allowed = Search(pieces, Structure(), CARD, CONSTANTS, allow=("adam8bit",))
+    # With Triton, whose one kernel needs no temporaries: PyTorch's need more than this small network's state.
+    allowed = Search(pieces, Structure(triton=True), CARD, CONSTANTS, allow=("adam8bit",))
     kinds = set()
     for share in (0.3, 0.6):
         vram_bytes = budget(span, share)
