@@ -14,7 +14,7 @@ hits all alike; medians are quoted. speed: plain seconds by a policy's.
 --traced: on fake tensors that stand for a card's (lowvram.planner), for which nothing is computed: live bytes, what
 torch's allocator would reserve for them, floating-point operations, and bytes copied to the host and back. Two steps
 run whole, one operation after the other; the planner, which puts a step together from pieces, has to agree with them.
-A kernel's own workspace is not seen. Kernels are PyTorch's: Triton's need the same memory or a little less.
+A kernel's own workspace is not seen. Kernels are Triton's, as on most cards.
 
 --json: a point for each policy, in the schema of benchmarks.record; what is traced is "policies_traced" there.
 """
@@ -131,12 +131,15 @@ def count(build: Builder) -> dict[str, Any]:
         return {"phases": phases, "resident_bytes": memory.live_bytes}
 
 
-def trace(build: Builder) -> dict[str, Any]:
-    """The same of fake tensors that stand for a card's, with what an allocator reserves and who holds the peak."""
+def trace(build: Builder, *, triton: bool = True) -> dict[str, Any]:
+    """The same of fake tensors that stand for a card's, with what an allocator reserves and who holds the peak.
+
+    triton: whether the card runs Triton's kernels.
+    """
     collects = gc.isenabled()
     gc.disable()  # what is alive must not depend on when it runs
     try:
-        with fake_card() as fakes:
+        with fake_card(triton=triton) as fakes:
             recorder = Recorder({}, fakes)
             with recorder.recording():
                 recorder.start()

@@ -48,6 +48,7 @@ def test_traced_is_what_is_counted_on_real_tensors_and_savings_show():
         json.dumps(points)
 
 
+@pytest.mark.slow
 def test_an_average_on_the_host_is_not_counted():
     only = ["plain", "average on the host"]
     built = policies.builders("faces32", [*TINY, "out=unused"], only)
@@ -55,11 +56,12 @@ def test_an_average_on_the_host_is_not_counted():
     assert moved < plain
 
 
+@pytest.mark.slow
 def test_a_whole_trace_is_what_the_planner_puts_together():
     only = ["half micro-batches", "fused G"]
     settings = [*TINY, "augment.p=1", "out=unused", "memory.policy=recipe"]
     sets = policy_sets.stylegan2(load_recipe("faces32", settings))
-    predictor = Predictor(load_recipe("faces32", settings), cards.find("RTX 2060"))  # traced with PyTorch's kernels
+    predictor = Predictor(load_recipe("faces32", settings), cards.find("RTX 3060"))
     for name, build in policies.builders("faces32", settings, only).items():
         predicted = predictor.predict(load_recipe("faces32", [*settings, *sets[name]]))
         traced = policies.trace(build)

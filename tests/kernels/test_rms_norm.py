@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from ahead_of_time import compile_all
+from ahead_of_time import ARCHITECTURES, compile_all
 from tolerances import close, device
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -152,7 +152,7 @@ rms_norm(q, torch.ones(64, requires_grad=True), impl="triton").sum().backward()
 """
     )
     assert {r["kernel"] for r in records} == {"_forward_kernel", "_backward_kernel"}
-    assert {r["architecture"] for r in records} == {75, 80, 90, 120}
+    assert {r["architecture"] for r in records} == set(ARCHITECTURES)
     for record in records:
         narrow = {"x", "y", "dy", "dx"} & set(record["signature"])
         assert {record["signature"][name] for name in narrow} <= {"*fp16", "*bf16"}

@@ -98,6 +98,7 @@ def test_one_process_is_the_plain_run_to_the_bit_and_state_goes_both_ways(kind: 
     assert equal(fsdp.full_state(one), fsdp.full_state(there))
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_and_resume_to_the_bit(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__]
     environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "PATH": "/usr/bin"}
