@@ -15,7 +15,7 @@ A point that fails (it does not fit, is killed, takes longer than --timeout) is 
 next time, and stops no other. The command exits with the number of failed points, 100 for more; 120 if the command
 itself is wrong, so that nothing was run; 130 when it is stopped.
 
-On a cluster: `pip install "lowvram[slurm]"`, and
+On a cluster: `pip install -e ".[slurm]"`, and
 
     python -m benchmarks.train_step -m recipe=faces256 vram=4GB,6GB hydra/launcher=submitit_slurm \\
         hydra.launcher.partition=gpu hydra.launcher.gres=gpu:1 hydra.launcher.timeout_min=30

@@ -72,7 +72,6 @@ def test_a_whole_trace_is_what_the_planner_puts_together():
 
 def test_the_unet_runs_traced_and_streaming_saves_its_weights() -> None:
     pytest.importorskip("diffusers")
-    pytest.importorskip("bitsandbytes")
     peaks = []
     for name in ("resident", "streamed"):
         policy = policy_sets.sd15(2)[name]

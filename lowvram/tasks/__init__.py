@@ -97,14 +97,15 @@ class Task(ABC):
         Raises:
             LowVRAMError: it can't be read, or contradicts what the user set.
         """
-        raise LowVRAMError(
-            f"weights={settings.weights} is for StyleGAN2 alone, and the recipe trains task={settings.task}.",
-            "Leave weights out, or use a recipe such as faces256.",
-        )
+        raise _no_weights(settings)
 
     def load_weights(self, path: Path) -> None:
-        """Begin with the weights of a file, once `prepare_training` has made the networks."""
-        raise NotImplementedError(f"{type(self).__name__} reads no weights")
+        """Begin with the weights of a file, once `prepare_training` has made the networks.
+
+        Raises:
+            LowVRAMError: they don't fit, or this kind of task takes none.
+        """
+        raise _no_weights(self.settings)
 
     @abstractmethod
     def prepare_training(self) -> None:
@@ -153,6 +154,13 @@ class Task(ABC):
         """
 
 
+def _no_weights(settings: Settings) -> LowVRAMError:
+    return LowVRAMError(
+        f"weights={settings.weights} is for StyleGAN2 alone, and the recipe trains task={settings.task}.",
+        "Leave weights out, or use a recipe such as faces256.",
+    )
+
+
 def task_class(settings: Settings) -> type[Task]:
     """The kind of task that a recipe names."""
     task: type[Task] = import_module(f"lowvram.tasks.{settings.task}").TASK
@@ -163,8 +171,12 @@ def build_task(settings: Settings, device: torch.device, folder: Path | None = N
     """The task that a recipe names, with freshly initialised networks on the device. folder: of its run.
 
     Networks choose their kernels by the recipe's setting from now on, in this process.
+
+    Raises:
+        LowVRAMError: kernels=triton can't run there; or what the task finds wrong.
     """
     dispatch.use(settings.kernels)
+    dispatch.runs_triton("auto", torch.empty(0, device=device))  # before there is a run folder
     return task_class(settings)(settings, device, folder)
 
 

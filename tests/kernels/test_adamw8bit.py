@@ -9,6 +9,7 @@ import torch
 from ahead_of_time import ARCHITECTURES, compile_all
 from tolerances import device
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowvram.kernels import dispatch
 from lowvram.kernels import eight_bit as eb
@@ -339,13 +340,23 @@ def test_bad_input_is_named() -> None:
 def test_it_can_be_traced_for_a_card_with_triton_and_without() -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
+    class Operations(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
     how = rule()
     for triton in (True, False):
+        seen: list[Any] = []
         with FakeTensorMode(), dispatch.pretending(triton):
-            chosen = slots(how)
+            chosen, work = slots(how), workspace(list(SIZES), torch.device("cpu"))
             for slot in chosen:
                 slot.grad, slot.step = torch.zeros_like(slot.weight), 1
-            adamw8bit_(chosen, how, workspace(list(SIZES), torch.device("cpu")), factor=0.5)
+            with Operations():
+                adamw8bit_(chosen, how, work, factor=0.5)
+        ours = [func for func in seen if func.namespace == "lowvram"]
+        assert len(ours) == triton  # one operation for them all, or PyTorch's own, which a trace sees one by one
+        assert triton or len(seen) > 20
 
 
 @pytest.mark.parametrize("impl", ["reference", "triton"])

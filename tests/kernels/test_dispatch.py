@@ -8,6 +8,7 @@ import pytest
 import torch
 from commands import environment
 
+from lowvram import Trainer
 from lowvram.errors import LowVRAMError
 from lowvram.kernels import dispatch
 from lowvram.kernels.swiglu import plain, swiglu
@@ -128,3 +129,13 @@ def test_without_triton_everything_imports_and_runs(tmp_path) -> None:
     first, second = done.stdout.splitlines()[:2]
     assert float(first) == pytest.approx(4 * 0.7310586)
     assert second.startswith("LowVRAMError") and "can't be imported" in second
+
+
+def test_kernels_that_can_not_run_are_refused_before_there_is_a_run(tiny, monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    try:
+        with pytest.raises(LowVRAMError, match="kernels=auto"):
+            Trainer(tiny("kernels=triton"), quiet=True)
+    finally:
+        dispatch.use("auto")
+    assert not (tmp_path / "run").exists()
