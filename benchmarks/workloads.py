@@ -64,7 +64,7 @@ class Workload:
     def draw(self, n: int) -> None:
         """Sample n images, as the trainer does for its grid."""
         assert self.sample is not None
-        with self.applied.averages_on_device():
+        with self.applied.sampling():
             self.sample(n)
 
     def _micro_batches(self, phase: Phase) -> Iterator[MicroBatch]:

@@ -1,14 +1,19 @@
-"""`python -m lowvram.convert run=FOLDER to=stylegan out=FILE`: a run's networks as a file that others can load."""
+"""`python -m lowvram.convert run=FOLDER to=FORMAT out=PATH`: a run, or weights, as files that other programs load."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lowvram.config import command
 from lowvram.errors import LowVRAMError
 
-FORMATS = ("stylegan",)
+if TYPE_CHECKING:
+    from lowvram.tasks.stable_diffusion import StableDiffusionTask
+
+FORMATS = ("diffusers", "single_file", "lora", "embedding", "stylegan")
+DTYPES = ("fp32", "fp16", "bf16")
 _NETWORKS = ("G_ema", "G", "D")
 
 
@@ -18,25 +23,40 @@ def _help(text: str) -> dict[str, str]:
 
 @dataclass(kw_only=True)
 class ConvertOptions:
-    """Write the networks of a StyleGAN2 run, or of a published pickle, as one .safetensors file.
+    """Write what was trained, or published weights, in another form.
 
-    Its keys are `G_ema.`, `G.` and `D.` before the published ones; its metadata holds, under "stylegan2", what the
-    networks are built with. `weights=FILE` trains from it and samples it.
+    to=diffusers: a pipeline folder. to=single_file: one .safetensors file with the original keys. Low-rank weights are
+    merged into both. to=lora: the low-rank weights alone. to=embedding: the word that textual inversion learned.
+    to=stylegan: the networks of a StyleGAN2 run, or of a published pickle, as one .safetensors file: keys `G_ema.`,
+    `G.` and `D.` before the published ones, and in its metadata, under "stylegan2", what they are built with.
+    `weights=` trains from any of these, and samples them.
     """
 
     run: str | None = field(default=None, metadata=_help("the run folder that training wrote"))
-    weights: str | None = field(default=None, metadata=_help("in place of run: a published StyleGAN2 (.pkl)"))
-    to: str = field(default="stylegan", metadata=_help("stylegan: one .safetensors file with the published keys"))
-    out: str = field(metadata=_help("the file to write"))
+    weights: str | None = field(default=None, metadata=_help("in place of run: published weights, or what this wrote"))
+    base: str | None = field(
+        default=None, metadata=_help("the weights that a run or a LoRA stands on (those it was trained with)")
+    )
+    to: str = field(metadata=_help("diffusers, single_file, lora, embedding or stylegan"))
+    out: str = field(metadata=_help("the folder or .safetensors file to write"))
+    layout: str = field(
+        default="diffusers", metadata=_help("of lora and embedding: diffusers, or kohya for web interfaces")
+    )
+    dtype: str | None = field(default=None, metadata=_help("fp32, fp16 or bf16 (as the weights came)"))
     checkpoint: str = field(default="latest", metadata=_help("a step's number, or latest"))
 
     def __post_init__(self) -> None:
-        if self.to not in FORMATS:
-            raise LowVRAMError(f"to={self.to} is not known.", f"Use to={FORMATS[0]}.")
+        for name, value, known in (
+            ("to", self.to, FORMATS),
+            ("dtype", self.dtype, (None, *DTYPES)),
+            ("layout", self.layout, ("diffusers", "kohya")),
+        ):
+            if value not in known:
+                raise LowVRAMError(f"{name}={value} is not known.", f"Use one of {', '.join(filter(None, known))}.")
         if (self.run is None) == (self.weights is None):
             raise LowVRAMError("convert needs a run or weights, one of them.", "Write run=outputs/faces32.")
         out = Path(self.out)
-        if out.suffix != ".safetensors":
+        if self.to != "diffusers" and out.suffix != ".safetensors":
             raise LowVRAMError(f"out={self.out} does not end in .safetensors.", f"Use {out.stem}.safetensors.")
         if out.expanduser().exists():
             raise LowVRAMError(f"out={self.out} is there already.", "Remove it, or choose another.")
@@ -44,12 +64,17 @@ class ConvertOptions:
 
 def main(options: ConvertOptions) -> None:
     """Convert. Raises LowVRAMError for what is missing, damaged or of another kind."""
+    out = Path(options.out).expanduser()
+    wrote = _stylegan(options, out) if options.to == "stylegan" else _stable_diffusion(options, out)
+    print(f"lowvram: wrote {wrote} to {out}")
+
+
+def _stylegan(options: ConvertOptions, out: Path) -> str:
     from lowvram import checkpoint
     from lowvram.run import Run
     from lowvram.settings import StyleGAN2Settings
     from lowvram.weights import stylegan2
 
-    out = Path(options.out).expanduser()
     if options.weights is not None:
         networks = stylegan2.read(Path(options.weights).expanduser())
     else:
@@ -62,7 +87,36 @@ def main(options: ConvertOptions) -> None:
         saved = checkpoint.read(run.find_checkpoint(options.checkpoint), only=_NETWORKS)
         networks = {n: stylegan2.published(run.settings, n, saved.tensors[n]) for n in _NETWORKS if n in saved.tensors}
     stylegan2.write(out, networks)
-    print(f"lowvram: wrote {', '.join(networks)} to {out}")
+    return ", ".join(networks)
+
+
+def _stable_diffusion(options: ConvertOptions, out: Path) -> str:
+    from lowvram.tasks import load_run, load_weights
+    from lowvram.tasks.stable_diffusion import StableDiffusionTask
+
+    if options.weights is not None:
+        task = load_weights(options.weights, device="cpu", base=options.base)
+    else:
+        task = load_run(options.run or "", checkpoint=options.checkpoint, device="cpu", base=options.base)
+    if not isinstance(task, StableDiffusionTask):
+        raise LowVRAMError(
+            f"{options.run or options.weights} is of task={task.settings.task}, and to={options.to} is for Stable "
+            "Diffusion.",
+            "StyleGAN2 has to=stylegan.",
+        )
+    return _exported(task, options, out)
+
+
+def _exported(task: StableDiffusionTask, options: ConvertOptions, out: Path) -> str:
+    from lowvram.tasks import export
+
+    write = {
+        "diffusers": export.write_folder,
+        "single_file": export.write_single_file,
+        "lora": export.write_lora,
+        "embedding": export.write_embedding,
+    }[options.to]
+    return write(task, out, dtype=options.dtype, layout=options.layout)
 
 
 if __name__ == "__main__":

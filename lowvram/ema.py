@@ -1,6 +1,6 @@
 """The averaged network that samples are drawn from."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -102,8 +102,8 @@ class _Scratch:
 
 
 @contextmanager
-def on_device(network: nn.Module, device: torch.device) -> Iterator[None]:
-    """Have a network on `device` within, for sampling; what is there already stays as it is.
+def on_device(network: nn.Module, device: torch.device, *, leave: Collection[nn.Module] = ()) -> Iterator[None]:
+    """Have a network on `device` within, for sampling; what is there already stays as it is, and so does `leave`.
 
     Afterwards its parameters and buffers are the very tensors of before, so that nothing is copied back: changes made
     to those that were moved are lost.
@@ -111,11 +111,13 @@ def on_device(network: nn.Module, device: torch.device) -> Iterator[None]:
     parameters: list[tuple[nn.Parameter, Tensor]] = []
     buffers: list[tuple[nn.Module, str, Tensor]] = []
     try:  # moving may itself run out of memory, half way
-        for parameter in network.parameters():
-            if not _is_on(parameter, device):
-                parameters.append((parameter, parameter.data))
-                parameter.data = _copy_on(parameter.data, device)
         for module in network.modules():
+            if module in leave:
+                continue
+            for parameter in module.parameters(recurse=False):
+                if not _is_on(parameter, device):
+                    parameters.append((parameter, parameter.data))
+                    parameter.data = _copy_on(parameter.data, device)
             for name, buffer in module._buffers.items():
                 if buffer is not None and not _is_on(buffer, device):
                     buffers.append((module, name, buffer))

@@ -63,6 +63,9 @@ class Phase:
     Args:
         name: shown in metrics and errors.
         networks: the networks that the update changes; no other network gets gradients.
+        frozen: networks that the loss's gradient goes through and whose weights stay: the UNet of a LoRA, the text
+            encoder and the UNet of a textual inversion. Parameters of `networks` may sit inside their modules (LoRA
+            layers in a UNet's blocks) and are trained all the same.
         optimizer: holds exactly the parameters of `networks`. Phases may share one.
         loss: mean loss, a scalar, of a micro-batch of b samples; or terms of it, one after the other, each of which is
             freed before the next is made. The trainer weighs them by b / samples * every.
@@ -91,6 +94,7 @@ class Phase:
     group: int = 1
     clip_norm: float | None = None
     finish: Callable[[dict[str, Tensor]], None] | None = None
+    frozen: tuple[nn.Module, ...] = ()
 
     def due(self, step: int) -> bool:
         """Whether the phase runs at a step, counted from 0."""
@@ -110,8 +114,10 @@ class Phase:
 
     @contextmanager
     def trainable(self) -> Iterator[None]:
-        """Only this phase's networks ask for gradients within."""
+        """Only this phase's networks ask for gradients within; what is frozen does not from here on."""
         parameters = self.parameters()
+        for network in self.frozen:
+            network.requires_grad_(False)
         for parameter in parameters:
             parameter.requires_grad_(True)
         try:

@@ -101,7 +101,8 @@ class Trainer:
         self._skipped: set[str] = set()
         processes = {"world_size": self.world_size, "sum_over_processes": self._sum_over_processes}
         self.applied = apply_to(self.task, self.chosen, self.device, **processes)
-        self.rescue = Rescue(self.applied, self.task.networks.values(), self.progress.say)
+        networks = dict.fromkeys((*self.task.networks.values(), *self.applied.networks))
+        self.rescue = Rescue(self.applied, networks, self.progress.say)
         if start.checkpoint is not None:
             self._restore(start)
         if self.rank == 0:  # only now: a mistake found on the way here leaves no folder and changes no saved recipe
@@ -220,7 +221,7 @@ class Trainer:
         asked = options.pop("micro_batch", None)
 
         def some(size: int | None) -> Tensor:
-            with self.applied.averages_on_device():  # which may be what runs out of memory
+            with self.applied.sampling():  # which may be what runs out of memory
                 return self.task.sample(n, seed, micro_batch=size or asked, **options)
 
         return self.rescue.in_slices(some, min(n, asked or self.recipe.batch))

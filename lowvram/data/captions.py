@@ -1,4 +1,4 @@
-"""A caption for each image: the built-in faces in words, .txt files beside the images, or metadata.jsonl."""
+"""A caption for each image: the built-in faces in words, text files beside the images, or metadata.jsonl."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from typing import overload
 
 import numpy as np
 
-from lowvram.data.dataset import BadImageError, ImageSet
+from lowvram.data.caption_variants import folder_prompt
+from lowvram.data.dataset import BadImageError, DerivedSet, ImageSet
 from lowvram.data.face_words import caption
 from lowvram.data.image_cache import cache_root
 from lowvram.data.images import MAX_JSON_BYTES, FileSet
-from lowvram.data.latents import LatentSet
 from lowvram.data.peeps import PeepsSet, attributes, drawing_key
 from lowvram.errors import LowVRAMError
 
@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 
 MAX_CAPTION_BYTES = 2**16  # a text encoder reads some hundred bytes: what is longer is another kind of file
 METADATA = "metadata.jsonl"
+_BESIDE = (".caption", ".txt")  # of two beside an image the later counts
 _SHOWN = 3
 
 
@@ -59,6 +60,16 @@ class Captions(Sequence[str]):
         """How many images have no caption, bad ones among them."""
         return sum(not text for text in self.texts)
 
+    @classmethod
+    def joined(cls, *parts: Captions) -> Captions:
+        """The captions of several sets, one after the other."""
+        return cls(
+            texts=tuple(text for part in parts for text in part.texts),
+            bad=[line for part in parts for line in part.bad],
+            outside=sum(part.outside for part in parts),
+            unused=sum(part.unused for part in parts),
+        )
+
     @property
     def fingerprint(self) -> str:
         """16 hex digits that stay while the captions stay: for caching what was computed from them."""
@@ -68,30 +79,35 @@ class Captions(Sequence[str]):
         return digest.hexdigest()[:16]
 
 
-def read_captions(images: ImageSet, *, missing: str = "unconditional") -> Captions:
+def read_captions(images: ImageSet, *, missing: str = "unconditional", prompt: str | None = None) -> Captions:
     """The captions of an ImageSet.
 
     The built-in faces are described by their attributes. In a folder or zip, `metadata.jsonl` at its root (or in the
     one folder that holds all) says `{"file_name": "a/1.png", "text": "..."}` on each line; an image that it leaves out
-    takes the .txt file of its own name (a/1.txt for a/1.png), whose lines are joined. Texts are UTF-8; each run of
-    white space becomes a space. A text above 64 KiB, bad UTF-8 and a line that is not such an object count as bad.
+    takes the .txt (or .caption) file of its own name (a/1.txt for a/1.png), whose lines are joined. Texts are UTF-8;
+    each run of white space becomes a space. A text above 64 KiB, bad UTF-8 and a line that is not such an object count
+    as bad. What is derived from a set, image for image, has that set's captions.
 
     missing: for an image without a usable caption, "unconditional" leaves it empty and says how many there are;
     "error" stops.
-    Raises LowVRAMError: for such an image, where missing is "error"; and where no image has a caption at all.
+    prompt: the caption of images that have none, as in DreamBooth (arXiv 2208.12242), where one serves all; then none
+    is missing. {folder} in it stands for the name of the image's folder (see `folder_prompt`).
+    Raises LowVRAMError: for an image without caption and prompt, where missing is "error"; and where no image has one.
     """
     if missing not in ("unconditional", "error"):
         raise LowVRAMError(f"missing={missing!r} is neither unconditional nor error", "Use one of the two.")
-    if isinstance(images, LatentSet):
-        return read_captions(images.images, missing=missing)
+    if isinstance(images, DerivedSet) and len(images) == len(images.images):
+        return read_captions(images.images, missing=missing, prompt=prompt)
     if isinstance(images, PeepsSet):
         return Captions(texts=tuple(_of_faces(len(images))))
     if not isinstance(images, FileSet):
+        if prompt is not None:
+            return Captions(texts=(_clean(folder_prompt(prompt, "")),) * len(images))
         raise LowVRAMError(
             f"{images.name} has no captions: it is neither the built-in faces, nor a folder, nor a zip",
             "Train without captions, or on a folder or zip with .txt files or a metadata.jsonl.",
         )
-    captions = _Reader(images).read()
+    captions = _Reader(images, prompt).read()
     _report(captions, images, missing)
     return captions
 
@@ -136,10 +152,12 @@ def _report(captions: Captions, images: FileSet, missing: str) -> None:
             f"{which or f'captions of {images.name} cannot be used'}{why}",
             "Mend or add these captions, or set missing=unconditional to train on these images without.",
         )
-    if without or captions.bad:
+    if without:
         log.warning(
             "%d of %d images of %s have no caption and train unconditionally%s", without, total, images.name, why
         )
+    elif captions.bad:
+        log.warning("%d captions of %s cannot be used: %s", len(captions.bad), images.name, shown)
     if captions.outside or captions.unused:
         log.warning(
             "%s of %s names %d files outside the set and %d that are none of its images: ignored",
@@ -151,23 +169,26 @@ def _report(captions: Captions, images: FileSet, missing: str) -> None:
 
 
 class _Reader:
-    """Collects the captions of one FileSet."""
+    """Collects the captions of one FileSet. prompt: for images without."""
 
-    def __init__(self, images: FileSet) -> None:
+    def __init__(self, images: FileSet, prompt: str | None = None) -> None:
         self.images = images
+        self.prompt = prompt
         self.root, self.others = images.other_files()
         self.bad: list[str] = []
         self.outside = 0
         self.unused = 0
 
     def read(self) -> Captions:
-        beside = {_stem(file): file for file in self.others if file.lower().endswith(".txt")}
+        beside = {_stem(file): file for end in _BESIDE for file in self.others if file.lower().endswith(end)}
         listed = self._listed() if self.root + METADATA in self.others else {}
         texts = []
         for file in self.images.files:
             text = listed.pop(file, "")
             if not text and _stem(file) in beside:
                 text = self._beside(beside[_stem(file)])
+            if not text and self.prompt is not None:
+                text = _clean(folder_prompt(self.prompt, file))
             texts.append(text)
         self.unused = len(listed)
         return Captions(texts=tuple(texts), bad=self.bad, outside=self.outside, unused=self.unused)

@@ -1,9 +1,10 @@
 """Latents kept on disk, so that training holds no autoencoder: each image is encoded once, in all its variants.
 
 A cache is a folder named after a hash of what it was made of, so that a stale one is never taken for another. In it
-lie shards (safetensors: "moments", float16 [n, variants, 2C, h, w]) and index.json, which lists of each shard the
-images, the size and the hash. A shard is written under another name and renamed, then listed: a build that was
-interrupted goes on with the shards that are not listed, and a damaged shard is made again alone.
+lie shards (safetensors: "moments", float16 [n, variants, 2C, h, w]; with masks their share of each latent pixel is one
+more channel, the last) and index.json, which lists of each shard the images, the size and the hash. A shard is written
+under another name and renamed, then listed: a build that was interrupted goes on with the shards that are not listed,
+and a damaged shard is made again alone.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lowvram.bars import bar
-from lowvram.data.dataset import BadImageError, DerivedSet, ImageSet, Item, too_many_bad_files
+from lowvram.data.dataset import BadImageError, DerivedSet, ImageSet, Item, Picture, too_many_bad_files
 from lowvram.data.latent_files import (
     FORMAT_VERSION,
     Index,
@@ -33,6 +34,7 @@ from lowvram.data.latent_files import (
     locked,
     ranges_of,
 )
+from lowvram.data.masks import Masks, to_latent_pixels
 from lowvram.errors import LowVRAMError
 
 if TYPE_CHECKING:
@@ -71,6 +73,7 @@ def build(
     variants: Variants | None = None,
     larger: ImageSet | None = None,
     picture_sizes: NDArray[np.int64] | None = None,
+    masks: Masks | None = None,
     shard_images: int = 1024,
     batch: int = 8,
     progress: bool = True,
@@ -85,6 +88,7 @@ def build(
     `images`, each further one a cut of that size at a fixed random place of `larger`'s.
     picture_sizes: width and height of the picture that `images.load` gives for each image, int64 [N, 2], where they
     differ (aspect-ratio buckets); None where all are square.
+    masks: of the images, see `open_masks`; kept beside the moments, cut and mirrored as they are.
     shard_images: at most this many images in a shard, and 128 MiB.
     A second process waits until the first is done, and then reads what that one made.
     Raises LowVRAMError: where the disk is full or cannot be written, keeping all shards that are complete; for
@@ -101,15 +105,18 @@ def build(
         "larger": larger.resolution if larger is not None and variants.crops > 1 else None,
         "key": dict(key),
     }
+    if masks is not None:  # no part of the key without them, so that caches from before there were any are found
+        full_key["masks"] = masks.identity()
     folder = Path(cache_folder).expanduser() / f"latents-{digest_of(full_key)}"
-    job = _Job(images, encode, variants=variants, larger=larger, batch=batch)
+    job = _Job(images, encode, variants=variants, larger=larger, masks=masks, batch=batch)
     with locked(folder, images.name):
         index = Index.read(folder, full_key)
         if index is None:
             index = Index(folder=folder, key=full_key, shards=job.plan(picture_sizes, shard_images))
         index.drop_damaged(progress)
         _fill(index, job, progress)
-    return LatentSet(images, index, variants, identity=digest_of([dict(key), full_key["variants"]]))
+    identity = digest_of([dict(key), full_key["variants"]])
+    return LatentSet(images, index, variants, identity=identity, masked=masks is not None)
 
 
 def _fill(index: Index, job: _Job, progress: bool) -> None:
@@ -148,6 +155,7 @@ class _Job:
         *,
         variants: Variants,
         larger: ImageSet | None,
+        masks: Masks | None,
         batch: int,
     ) -> None:
         if batch < 1:
@@ -156,6 +164,7 @@ class _Job:
         self.encode = encode
         self.variants = variants
         self.larger = larger
+        self.masks = masks
         self.batch = batch
         self.bad: dict[int, str] = {}  # image -> "file: reason"
 
@@ -185,7 +194,7 @@ class _Job:
         lines = []
         for index in range(len(self.images)):
             try:
-                return self.images.load(index).pixels
+                return self._load(self.images, index).pixels
             except BadImageError as bad:
                 lines.append(str(bad))
                 self._report(str(bad))
@@ -222,15 +231,15 @@ class _Job:
         return out
 
     def _pictures(self, chunk: list[int]) -> list[Any]:
-        """For each image its variants, uint8 [H, W, 3] each; or "file: reason" where it is bad."""
+        """For each image its variants, uint8 [H, W, 3 or 4] each; or "file: reason" where it is bad."""
         return [self._variants_of(index) for index in chunk]
 
     def _variants_of(self, index: int) -> list[NDArray[np.uint8]] | str:
         try:
-            picture = self.images.load(index)
+            picture = self._load(self.images, index)
             pixels = [picture.pixels]
             if self.larger is not None and self.variants.crops > 1:
-                wide = self.larger.load(index).pixels
+                wide = self._load(self.larger, index).pixels
                 pixels += [_cut(wide, picture.pixels.shape, index, crop) for crop in range(1, self.variants.crops)]
         except BadImageError as bad:
             self.bad[index] = str(bad)
@@ -240,12 +249,22 @@ class _Job:
         flips = (False, True) if self.variants.mirror else (False,)
         return [crop[:, ::-1] if flip else crop for crop in pixels for flip in flips]
 
+    def _load(self, images: ImageSet, index: int) -> Picture:
+        """An image of which a fourth channel is the mask, so that whatever befalls the one befalls the other."""
+        picture = images.load(index)
+        if self.masks is None:
+            return picture
+        height, width = picture.pixels.shape[:2]
+        mask = self.masks.load(index, (width, height))
+        return picture._replace(pixels=np.concatenate([picture.pixels, mask[:, :, None]], axis=2))
+
     def _encoded(self, indices: list[int], pixels: list[NDArray[np.uint8]]) -> NDArray[np.float16]:
+        """float16 [n, 2C or 2C + 1, h, w]: the moments, and the mask where there are masks."""
         import torch
 
-        stacked = np.stack([image.transpose(2, 0, 1) for image in pixels])  # [n, 3, H, W]
+        stacked = np.stack([image.transpose(2, 0, 1) for image in pixels])  # [n, 3 or 4, H, W]
         with torch.no_grad():
-            moments = self.encode(torch.from_numpy(stacked)).detach().to("cpu", torch.float32).numpy()
+            moments = self.encode(torch.from_numpy(stacked[:, :3].copy())).detach().to("cpu", torch.float32).numpy()
         if len(moments) != len(indices):
             raise ValueError(f"encode made {len(moments)} moments of {len(indices)} images")
         peak = np.abs(moments).reshape(len(indices), -1).max(axis=1)
@@ -256,6 +275,8 @@ class _Job:
                     f"the autoencoder gives {what} for {self.images.file_name(index)} of {self.images.name}",
                     "Encode in float32 (some autoencoders overflow in float16); if it is this image alone, remove it.",
                 )
+        if self.masks is not None and moments.ndim == 4:
+            moments = np.concatenate([moments, to_latent_pixels(stacked[:, 3], moments.shape[2:])], axis=1)
         return moments.astype(np.float16)
 
 
@@ -284,15 +305,19 @@ def _ahead(function: Callable[[_In], _Out], items: Iterable[_In], depth: int = 2
 class LatentSet(DerivedSet):
     """The latents of a set of images, as `build` gives them; reads are memory-mapped.
 
-    `read` gives moments (mean and log variance, unscaled), float16 [2C, h, w]; `load`, `fetch` and `[i]` still give
-    the pictures of `images`. The place of a bad image is taken by the next good one of the same shape.
+    `read` gives moments (mean and log variance, unscaled), float16 [2C, h, w], and where the set is `masked` the mask
+    as one more channel, within [0, 1]; `load`, `fetch` and `[i]` still give the pictures of `images`. The place of a
+    bad image is taken by the next good one of the same shape.
     """
 
     item_dtype = np.float16
 
-    def __init__(self, images: ImageSet, index: Index, variants: Variants, *, identity: str) -> None:
+    def __init__(
+        self, images: ImageSet, index: Index, variants: Variants, *, identity: str, masked: bool = False
+    ) -> None:
         super().__init__(images)
         self.variants = variants
+        self.masked = masked
         self.crops = variants.crops
         self.folder = index.folder
         self._identity = identity
@@ -326,7 +351,7 @@ class LatentSet(DerivedSet):
         return [self.images.fingerprint, self._identity]
 
     def shape_of(self, index: int) -> tuple[int, ...]:
-        """The shape of the moments of one image, (2C, h, w)."""
+        """The shape of what `read` gives for one image, (2C, h, w), or (2C + 1, h, w) with its mask."""
         return self._shards[self._shard_of[index]].shape[1:]
 
     @property
@@ -357,15 +382,25 @@ class LatentSet(DerivedSet):
     def moments(self, index: int, mirrored: bool = False, crop: int = 0) -> NDArray[np.float16]:
         """Mean and log variance of one image, float16 [2C, h, w], a copy. Raises LowVRAMError for a variant that is
         not kept, and where the files are gone."""
-        variant = self.variants.number(mirrored, crop)
         at, _ = self.resolve(index)
-        moments: NDArray[np.float16] = self._shard(int(self._shard_of[at]))[int(self._row_of[at]), variant]
-        return moments
+        kept = self._kept(at, mirrored, crop)
+        return kept[:-1] if self.masked else kept
+
+    def mask(self, index: int, mirrored: bool = False, crop: int = 0) -> NDArray[np.float16]:
+        """How much of each latent pixel of one image counts, float16 [1, h, w] in [0, 1]; ones without masks."""
+        at, _ = self.resolve(index)
+        kept = self._kept(at, mirrored, crop)
+        return kept[-1:] if self.masked else np.ones_like(kept[-1:])
+
+    def _kept(self, at: int, mirrored: bool, crop: int) -> NDArray[np.float16]:
+        variant = self.variants.number(mirrored, crop)
+        kept: NDArray[np.float16] = self._shard(int(self._shard_of[at]))[int(self._row_of[at]), variant]
+        return kept
 
     def read(self, index: int, *, mirrored: bool = False, crop: int = 0) -> Item:
-        """Moments, float16 [2C, h, w], and label at `index`."""
+        """Moments, float16 [2C, h, w] (with a mask [2C + 1, h, w]), and label at `index`."""
         at, skipped = self.resolve(index)
-        return Item(self.moments(at, mirrored, crop), self.label(at), skipped, None)
+        return Item(self._kept(at, mirrored, crop), self.label(at), skipped, None)
 
     def _shard(self, number: int) -> Any:
         # A memory map has no position that a forked child could move, so that it may be shared.

@@ -5,9 +5,9 @@
         loss, means = applied.accumulate(phase, micro_batches)
     outcome = applied.update(phase, loss)
 
-The order: weights' dtype, their place (sharded, streamed or resident), optimizers and gradient hooks, the averages'
-place; then, each time a phase runs: trainable weights, attention, blocks (streamed, recomputed), autocast, offloaded
-activations.
+The order: weights' dtype, their place (sharded, streamed or resident), frozen weights' place, optimizers and gradient
+hooks, the averages' place; then, each time a phase runs: trainable weights, attention, blocks (streamed, recomputed),
+autocast, offloaded activations.
 """
 
 import logging
@@ -48,7 +48,8 @@ class Applied:
 
     Args:
         policy: what to do. Changed later by `change`, after a step that ran out of memory.
-        phases: of plain networks and plain optimizers; a phase's own optimizer only lends its hyperparameters.
+        phases: of plain networks and plain optimizers; a phase's own optimizer only lends its hyperparameters. Networks
+            may be anywhere: they are moved tensor by tensor to where the policy wants them.
         averages: averaged networks, moved where the policy wants them.
         blocks: a network's blocks by name, for networks whose structure does not show them.
         seed: root of the random numbers of stochastic rounding.
@@ -84,7 +85,10 @@ class Applied:
         for phase in self.phases:
             self.optimizer_names[phase.name] = names.setdefault(id(phase.optimizer), phase.name)
         self._networks: dict[int, nn.Module] = {id(n): n for phase in self.phases for n in phase.networks}
-        self._blocks = {key: self._find(network, blocks) for key, network in self._networks.items()}
+        self._frozen: dict[int, nn.Module] = {
+            id(n): n for phase in self.phases for n in phase.frozen if id(n) not in self._networks
+        }
+        self._blocks = self._find_all(blocks)
         check(policy, self.phases, self.optimizer_names, self._facts_by_name(), own_precision, world_size, device)
 
         self._streams: dict[int, BlockStream] = {}
@@ -95,9 +99,14 @@ class Applied:
             self.updaters[name] = self._make_updater(name)
         self._place_averages()
         # Weights stay where they are; autograd does not tell which of the saved tensors are some.
-        weights = [p for network in self._networks.values() for p in network.parameters()]
+        weights = [*(p for network in self.networks for p in network.parameters()), *self.packed()]
         self._offload = ActivationOffload(device, skip=weights)
         self._set_micro_batches()
+
+    @property
+    def networks(self) -> list[nn.Module]:
+        """Those that phases train, and those that they leave as they are."""
+        return [*self._networks.values(), *self._frozen.values()]
 
     # A phase.
 
@@ -174,7 +183,7 @@ class Applied:
         if self._rescue is None:
             from lowvram.memory.rescue import Rescue  # which needs this file
 
-            self._rescue = Rescue(self, self._networks.values(), log.warning)
+            self._rescue = Rescue(self, self.networks, log.warning)
 
         def gradients() -> tuple[Tensor, dict[str, Tensor]]:
             with self.running(phase):
@@ -212,6 +221,12 @@ class Applied:
         for updater in self.updaters.values():
             updater.flush()
 
+    def flush(self) -> None:
+        """As `settle`, and frozen networks that stream are on the host too, whole."""
+        self.settle()
+        for stream in self._streams.values():
+            stream.flush()
+
     def change(self, policy: MemoryPolicy) -> None:
         """Go on under another policy, whose micro-batches, activations, updates and places of state may differ."""
         changed = [n for n in self.updaters if policy.optimizer(n) != self.policy.optimizer(n)]
@@ -222,7 +237,13 @@ class Applied:
                     f"of the optimizer {name} a running training can change the update and the state's place only.",
                     "Stop, and resume with the other settings.",
                 )
+        if policy.frozen != self.policy.frozen and policy.frozen != "stream":
+            raise LowVRAMError(
+                "frozen weights that are streamed stay so in a running training.",
+                "Stop, and resume with memory.frozen=device.",
+            )
         self.policy = policy
+        self._place_frozen()
         for name in changed:
             tensors, numbers = self._taken_apart(name)
             free_memory(self.device)  # the old state's, before the new one's is made
@@ -239,15 +260,43 @@ class Applied:
         return {key: tensor.cpu() for key, tensor in tensors.items()}, numbers
 
     @contextmanager
-    def averages_on_device(self) -> Iterator[None]:
-        """Averaged networks that live on the host are on the device within, to sample from."""
+    def sampling(self) -> Iterator[None]:
+        """Within, networks can be called to sample from: the averaged ones, the trained ones and the frozen ones.
+
+        Nothing is recomputed. What streams is called by its streams; averages that live on the host come to the device,
+        whole, or block by block where the policy streams weights, which then do not fit as a whole. The host holds
+        nothing twice.
+        """
         with ExitStack() as stack:
+            for stream in self._streams.values():
+                stack.enter_context(stream.running())
             for average in self.averages:
-                stack.enter_context(on_device(average.target, self.device))
+                if self.policy.ema == "host" and self._streams:
+                    stack.enter_context(self._by_blocks(average.target))
+                else:
+                    stack.enter_context(on_device(average.target, self.device))
+            yield
+
+    @contextmanager
+    def _by_blocks(self, network: nn.Module) -> Iterator[None]:
+        """A network on the host can be called within: each of its blocks is on the device while it runs."""
+        blocks = list(blocks_of(network).values())
+
+        def wrap(block: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+            def brought(*args: Any, **kwargs: Any) -> Any:
+                with on_device(block, self.device):
+                    return forward(*args, **kwargs)
+
+            return brought
+
+        inside = {module for block in blocks for module in block.modules()}
+        with on_device(network, self.device, leave=inside), checkpointing.wrapped_forwards(blocks, wrap):
             yield
 
     def full_state(self, network: nn.Module) -> dict[str, Tensor]:
         """A network's state dict as if nothing were done to it. Every process calls it."""
+        for key in self._frozen.keys() & self._streams.keys():  # a copy on the device would be overwritten
+            self._streams[key].flush()
         return fsdp.full_state(network) if fsdp.is_sharded(network) else network.state_dict()
 
     def load_state(self, network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -258,6 +307,10 @@ class Applied:
         else:
             network.load_state_dict(dict(tensors))
 
+    def packed(self) -> list[Tensor]:
+        """Frozen weights that are no parameters: buffers of bytes, in which values of 4 or 8 bits are packed."""
+        return [b for network in self._frozen.values() for b in network.buffers() if b.dtype == torch.uint8]
+
     def facts(self, phase: Phase) -> PhaseFacts:
         """What the choice of a thriftier policy needs to know of a phase."""
         return PhaseFacts(
@@ -267,6 +320,8 @@ class Applied:
             group=phase.group,
             second_order=phase.second_order,
             has_blocks=any(self._blocks.values()),
+            trained_blocks=any(self._blocks[key] for key in self._networks),
+            frozen_blocks=any(self._blocks[id(n)] for n in phase.frozen if id(n) in self._frozen),
         )
 
     # For planning.
@@ -279,12 +334,22 @@ class Applied:
         """The weights of the largest block; of the largest parameter where networks show none."""
         blocks = [block for found in self._blocks.values() for block in found.values()]
         sizes = [sum(p.numel() * p.element_size() for p in block.parameters()) for block in blocks]
-        params = [p.numel() * p.element_size() for n in self._networks.values() for p in n.parameters()]
+        params = [p.numel() * p.element_size() for n in self.networks for p in n.parameters()]
         return max(sizes or params, default=0)
 
     def slot_sizes_bytes(self) -> list[int]:
         """What streams hold on the device between uses of their blocks."""
         return [size for stream in self._streams.values() for size in stream.slot_sizes_bytes()]
+
+    def frozen_bytes(self) -> int:
+        """The weights of frozen networks that streams keep on the host, or would keep there."""
+        blocks = [block for key in self._frozen for block in self._blocks[key].values()]
+        return sum(p.nbytes for p in {p for b in blocks for p in b.parameters()} - self._changing())
+
+    def make_slots(self) -> None:
+        """Have the device memory of all streams, as it is once their blocks have run."""
+        for stream in self._streams.values():
+            stream.make_slots()
 
     # Construction.
 
@@ -300,6 +365,24 @@ class Applied:
                 self._hand_over(network)
             elif policy.weights == "stream":
                 self._streams[id(network)] = BlockStream(network, self._blocks[id(network)], self.device)
+            else:
+                network.to(self.device)
+        self._place_frozen()
+
+    def _place_frozen(self) -> None:
+        for key, network in self._frozen.items():
+            blocks = self._blocks[key]
+            if key in self._streams:
+                continue
+            if self.policy.frozen == "stream" and blocks:
+                self._streams[key] = BlockStream(network, blocks, self.device, stay=self._changing())
+            else:
+                network.to(self.device)
+
+    def _changing(self) -> set[nn.Parameter]:
+        """Parameters that are trained or averaged, which may sit inside frozen networks."""
+        networks = [*self._networks.values(), *(average.target for average in self.averages)]
+        return {parameter for network in networks for parameter in network.parameters()}
 
     def _hand_over(self, network: nn.Module) -> None:
         """Sharding replaces parameters by new ones: optimizers and hyperparameters follow by position."""
@@ -353,22 +436,31 @@ class Applied:
                     seen.add(id(network))
                     yield self.optimizer_names[phase.name], network
 
-    def _find(
-        self, network: nn.Module, given: Mapping[nn.Module, Mapping[str, nn.Module]] | None
-    ) -> dict[str, nn.Module]:
-        """A network's blocks, named apart from those of others; none where its structure shows none."""
-        if given is not None and network in given:
-            found = dict(given[network])
-        else:
-            try:
-                found = find_blocks(network)
-            except LowVRAMError:
-                found = {}
-        index = list(self._networks).index(id(network))
-        return {f"{index}.{name}": block for name, block in found.items()}
+    def _find_all(self, given: Mapping[nn.Module, Mapping[str, nn.Module]] | None) -> dict[int, dict[str, nn.Module]]:
+        """The blocks of each network, named apart from those of others."""
+        in_frozen = {p for network in self._frozen.values() for p in network.parameters()}
+        found: dict[int, dict[str, nn.Module]] = {}
+        for index, (key, network) in enumerate((*self._networks.items(), *self._frozen.items())):
+            # Layers in training inside a frozen network's blocks are no blocks of their own: they run within those.
+            inside = key in self._networks and any(p in in_frozen for p in network.parameters())
+            own = {} if inside else blocks_of(network, given)
+            found[key] = {f"{index}.{name}": block for name, block in own.items()}
+        return found
 
     def _facts_by_name(self) -> dict[str, PhaseFacts]:
         return {phase.name: self.facts(phase) for phase in self.phases}
 
     def _summed(self, value: Tensor) -> Tensor:
         return value if self._sum is None else self._sum(value)
+
+
+def blocks_of(
+    network: nn.Module, given: Mapping[nn.Module, Mapping[str, nn.Module]] | None = None
+) -> dict[str, nn.Module]:
+    """A network's blocks by name: those that are given for it, or else found; none where its structure shows none."""
+    if given is not None and network in given:
+        return dict(given[network])
+    try:
+        return find_blocks(network)
+    except LowVRAMError:
+        return {}

@@ -30,13 +30,42 @@ def check(
         attention.check(policy.attention, device, second_order=phase.second_order)
     if own_precision:
         _check_precision(policy)
+    _check_streams(policy, phases, optimizer_names, facts)
+
+
+def _check_streams(
+    policy: MemoryPolicy, phases: Sequence[Phase], optimizer_names: Mapping[str, str], facts: Mapping[str, PhaseFacts]
+) -> None:
     for name, optimizer in policy.optimizers.items():
         if optimizer.weights == "stream" and not any(
-            facts[p.name].has_blocks for p in phases if optimizer_names[p.name] == name
+            facts[p.name].has_blocks and facts[p.name].trained_blocks for p in phases if optimizer_names[p.name] == name
         ):
             raise LowVRAMError(
-                f"memory.weights.{name}=stream, but its networks show no blocks.", "Name them: apply(..., blocks=...)."
+                f"memory.weights.{name}=stream, but its networks show no blocks.",
+                "Name them: apply(..., blocks=...). What is trained inside frozen networks stays on the device.",
             )
+    if policy.frozen == "stream" and not any(one.frozen_blocks for one in facts.values()):
+        raise LowVRAMError(
+            "memory.frozen=stream, but no phase goes through a frozen network that shows blocks.",
+            "Use memory.frozen=device, or name them: Phase(frozen=...), apply(..., blocks=...).",
+        )
+    if policy.frozen == "stream" and policy.fsdp != "none":
+        raise LowVRAMError(
+            f"memory.frozen=stream with memory.fsdp={policy.fsdp} is not built.",
+            "Use memory.frozen=device, or memory.fsdp=none.",
+        )
+    inside = next((phase for phase in phases if _trains_inside_frozen(phase)), None)
+    if inside is not None and policy.fsdp != "none":
+        raise LowVRAMError(
+            f"memory.fsdp={policy.fsdp} with phase {inside.name}, which trains parts of a frozen network.",
+            "Use memory.fsdp=none: what is trained is small.",
+        )
+
+
+def _trains_inside_frozen(phase: Phase) -> bool:
+    """Whether parameters in training sit inside a frozen network."""
+    frozen = {parameter for network in phase.frozen for parameter in network.parameters()}
+    return any(parameter in frozen for parameter in phase.parameters())
 
 
 def _check_names(setting: str, named: Mapping[str, object], known: list[str]) -> None:

@@ -19,7 +19,7 @@ class PhaseFacts:
 
     optimizer: the name of the one that the phase steps. samples_per_process: of one update. group: samples that stay
     together in a micro-batch. second_order: its loss takes a derivative of a derivative. has_blocks: its networks show
-    blocks that can be recomputed.
+    blocks that can be recomputed; trained_blocks, frozen_blocks: networks that it trains, and others that it needs, do.
     """
 
     name: str
@@ -28,6 +28,8 @@ class PhaseFacts:
     group: int = 1
     second_order: bool = False
     has_blocks: bool = False
+    trained_blocks: bool = True
+    frozen_blocks: bool = False
 
 
 def thriftier(policy: MemoryPolicy, phase: PhaseFacts) -> tuple[MemoryPolicy, str] | None:
@@ -45,6 +47,8 @@ def _steps(policy: MemoryPolicy, phase: PhaseFacts) -> Iterator[tuple[MemoryPoli
     yield from _state_on_the_host(policy, phase)
     if policy.ema == "device":
         yield replace(policy, ema="host"), "memory.ema: device -> host"
+    if phase.frozen_blocks and policy.frozen == "device" and policy.fsdp == "none":
+        yield replace(policy, frozen="stream"), "memory.frozen: device -> stream"
 
 
 def _smaller_micro_batch(policy: MemoryPolicy, phase: PhaseFacts, *, least: int) -> Iterator[tuple[MemoryPolicy, str]]:
@@ -92,7 +96,10 @@ def _recomputes(policy: MemoryPolicy, phase: PhaseFacts) -> bool:
 
 
 def _streams(policy: MemoryPolicy, phase: PhaseFacts) -> bool:
-    return policy.optimizer(phase.optimizer).weights == "stream"
+    """Whether all blocks are streamed: of the networks that it trains, and of those that are frozen."""
+    trained = policy.optimizer(phase.optimizer).weights == "stream" or not phase.trained_blocks
+    frozen = policy.frozen == "stream" or not phase.frozen_blocks
+    return trained and frozen and (phase.trained_blocks or phase.frozen_blocks)
 
 
 def _deferred_update(policy: MemoryPolicy, phase: PhaseFacts) -> Iterator[tuple[MemoryPolicy, str]]:

@@ -66,7 +66,8 @@ class MemoryPolicy:
 
     precision: autocast round every phase. phases, optimizers: by name; an optimizer has the name of the first phase
     that uses it ("G", "D"). ema: where averaged networks live. fsdp: parameters sharded over the processes, also with
-    all of them on the host (offload).
+    all of them on the host (offload). frozen: weights that gradients go through and no update changes, on the device or
+    streamed from the host block by block.
     """
 
     precision: str = "fp32"
@@ -75,6 +76,7 @@ class MemoryPolicy:
     ema: str = "device"
     attention: str = "sdpa"
     fsdp: str = "none"
+    frozen: str = "device"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "phases", MappingProxyType(dict(self.phases)))
@@ -83,6 +85,7 @@ class MemoryPolicy:
         _one_of("ema", self.ema, MEMORY_CHOICES["ema"])
         _one_of("attention", self.attention, MEMORY_CHOICES["attention"])
         _one_of("fsdp", self.fsdp, MEMORY_CHOICES["fsdp"])
+        _one_of("frozen", self.frozen, MEMORY_CHOICES["frozen"])
         for name, optimizer in self.optimizers.items():
             if self.precision == "fp16" and optimizer.update == "fused":
                 raise LowVRAMError(
@@ -149,6 +152,7 @@ class MemoryPolicy:
             "ema": self.ema,
             "attention": self.attention,
             "fsdp": self.fsdp,
+            "frozen": self.frozen,
         }
 
     @classmethod
@@ -188,6 +192,7 @@ class MemoryPolicy:
             ema=memory.ema,
             attention=memory.attention,
             fsdp=memory.fsdp,
+            frozen=memory.frozen,
         )
 
     def __hash__(self) -> int:
@@ -199,6 +204,7 @@ class MemoryPolicy:
                 self.ema,
                 self.attention,
                 self.fsdp,
+                self.frozen,
             )
         )
 

@@ -147,14 +147,20 @@ class Snapshot:
         networks: their buffers are kept, persistent or not.
         device: its generator is kept, as is the CPU's.
         generators: further generators in use.
+        unchanged: buffers that no step changes (packed weights); no copy is made of them.
     """
 
     def __init__(
-        self, networks: Iterable[nn.Module], device: torch.device, generators: Iterable[torch.Generator] = ()
+        self,
+        networks: Iterable[nn.Module],
+        device: torch.device,
+        generators: Iterable[torch.Generator] = (),
+        unchanged: Iterable[Tensor] = (),
     ) -> None:
         self._networks = tuple(networks)
         self._device = device
         self._generators = tuple(generators)
+        self._unchanged = {id(buffer): buffer for buffer in unchanged}
         self._buffers: dict[Key, Tensor | None] = {}
         self._copies: dict[Key, Tensor] = {}
         self._states: list[Tensor] | None = None
@@ -163,7 +169,12 @@ class Snapshot:
     def take(self) -> None:
         """Keep the present state; the one kept before is lost."""
         modules = dict.fromkeys(module for network in self._networks for module in network.modules())
-        self._buffers = {(module, name): buffer for module in modules for name, buffer in module._buffers.items()}
+        self._buffers = {
+            (module, name): buffer
+            for module in modules
+            for name, buffer in module._buffers.items()
+            if id(buffer) not in self._unchanged
+        }
         present = {key: buffer for key, buffer in self._buffers.items() if buffer is not None}
         copies = {}
         for key, buffer in present.items():

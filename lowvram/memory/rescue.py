@@ -35,7 +35,7 @@ class Rescue:
 
     def __init__(self, applied: Applied, networks: Iterable[nn.Module], say: Callable[[str], None]) -> None:
         self.applied, self.say = applied, say
-        self._snapshot = Snapshot(networks, applied.device)
+        self._snapshot = Snapshot(networks, applied.device, unchanged=applied.packed())
 
     def redo(self, phase: Phase, run: Callable[[], Result]) -> Result:
         """Run what makes the gradients of a phase; out of memory, again from its start under the next policy.

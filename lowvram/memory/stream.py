@@ -10,7 +10,7 @@ are accumulated as soon as they are complete, so earlier still.) Hence when a bl
 slot is its own, and the other is free for the block after it, once the kernels that were launched have run.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,7 +29,7 @@ class BlockStream:
 
     Exact. Parameters stay the same objects, under the same names; the data of a streamed one is a view of the device's
     copy while its block is there, and of the host's otherwise. Parameters that several blocks share, or that lie
-    outside of blocks, are on the device throughout, and so are buffers.
+    outside of blocks, are on the device throughout, and so are buffers. What nobody changes is never copied back.
 
     Whoever reads or changes weights outside of `running`, `resident` and `loaded` (saving, averaging, loading a state
     dict) calls `flush` first: until then the host's copy may be older than the device's.
@@ -38,16 +38,25 @@ class BlockStream:
         network: on any device; its blocks need not fit on `device`.
         blocks: by name, as `find_blocks` gives them; none contains another.
         device: where they run.
+        stay: parameters that are on the device throughout although they lie inside blocks (trained ones of a frozen
+            network).
     """
 
-    def __init__(self, network: nn.Module, blocks: Mapping[str, nn.Module], device: torch.device) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        blocks: Mapping[str, nn.Module],
+        device: torch.device,
+        *,
+        stay: Collection[nn.Parameter] = (),
+    ) -> None:
         self.device = torch.device(device)
         # Called with a block's name each time that it is about to be used in a forward, with its weights on the device,
         # on the stream that computes, without grad mode and autocast. Returns whether it changed them. What it changed
         # before an error stays changed. Not called in a backward, whose weights must be the forward's, nor by `loaded`.
         self.on_load: Callable[[str], bool] | None = None
         self._copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        self._blocks = self._take_over(network, blocks)
+        self._blocks = self._take_over(network, blocks, set(stay))
         self._of_module = {id(block.module): block for block in self._blocks.values()}
         self._slot_bytes = max((block.size_bytes for block in self._blocks.values()), default=0)
         self._slots: list[Slot] = []
@@ -132,6 +141,12 @@ class BlockStream:
         if release:
             self._slots.clear()
             self._recent = None
+
+    def make_slots(self) -> None:
+        """Have the memory for two blocks on the device, as it is once blocks have run."""
+        with _untraced():
+            for name in list(self._blocks)[:2] if not self._slots else ():
+                self._prefetch(name)
 
     def slot_sizes_bytes(self) -> list[int]:
         """Of the slots that are on the device now."""
@@ -272,12 +287,16 @@ class BlockStream:
     # Construction.
 
     @torch.no_grad()
-    def _take_over(self, network: nn.Module, blocks: Mapping[str, nn.Module]) -> dict[str, StreamedBlock]:
-        holders: dict[nn.Parameter, set[str]] = {}
+    def _take_over(
+        self, network: nn.Module, blocks: Mapping[str, nn.Module], stay: set[nn.Parameter]
+    ) -> dict[str, StreamedBlock]:
+        holders: dict[nn.Parameter, set[str]] = {}  # by name; "" for whatever is no block
         inside = {id(module) for block in blocks.values() for module in block.modules()}
         for name, block in blocks.items():
             for param in block.parameters():
                 holders.setdefault(param, set()).add(name)
+        for param in stay & holders.keys():
+            holders[param].add("")
         for module in network.modules():
             if id(module) not in inside:
                 for param in module.parameters(recurse=False):
@@ -292,7 +311,7 @@ class BlockStream:
             for name, block in blocks.items()
         }
         sizes_bytes = {name: block.size_bytes for name, block in made.items()}
-        for name, buffer in host_buffers(sizes_bytes, pinned=self.device.type == "cuda").items():
+        for name, buffer in host_buffers(sizes_bytes, pinned=self.device.type == "cuda"):
             made[name].move_to(buffer)
         return made
 

@@ -1,6 +1,6 @@
 """What a stream of blocks is made of: a block's place on the host, a slot on the device, a guess at what comes next."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -102,9 +102,9 @@ class Order:
         return self._next.get(self._last)
 
 
-def host_buffers(sizes_bytes: Mapping[str, int], *, pinned: bool) -> dict[str, Tensor]:
-    """Host memory by name, uint8 [size]. Page-locked memory comes in powers of two, so several share such a chunk."""
-    buffers: dict[str, Tensor] = {}
+def host_buffers(sizes_bytes: Mapping[str, int], *, pinned: bool) -> Iterator[tuple[str, Tensor]]:
+    """Host memory by name, uint8 [size], the largest first; made as it is asked for, so that what moves in is not there
+    twice. Page-locked memory comes in powers of two, so several share such a chunk."""
     chunks: list[Tensor] = []  # what is left of them
     left_bytes = sum(sizes_bytes.values())
     largest_bytes = max(sizes_bytes.values(), default=0)
@@ -114,6 +114,6 @@ def host_buffers(sizes_bytes: Mapping[str, int], *, pinned: bool) -> dict[str, T
             chunk_bytes = 1 << (min(largest_bytes, left_bytes) - 1).bit_length()
             with host.on_host():
                 chunks.append(torch.empty(chunk_bytes, dtype=torch.uint8, pin_memory=pinned))
-        buffers[name], chunks[index] = chunks[index][:size_bytes], chunks[index][size_bytes:]
+        buffer, chunks[index] = chunks[index][:size_bytes], chunks[index][size_bytes:]
         left_bytes -= size_bytes
-    return buffers
+        yield name, buffer

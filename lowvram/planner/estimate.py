@@ -55,7 +55,7 @@ class Estimator:
 
     @property
     def streams(self) -> bool:
-        """Whether weights are streamed: then a phase's piece holds its update."""
+        """Whether trained weights are streamed: then a phase's piece holds its update."""
         return self.structure.weights == "stream"
 
     @property
@@ -209,7 +209,7 @@ class Estimator:
 
     def slots(self) -> list[tuple[int, int]]:
         """What streams hold on the device between uses: in every phase but those of a second derivative."""
-        for phase in self.facts.phases if self.streams else ():
+        for phase in self.facts.phases if self.structure.has_slots else ():
             if not phase.second_order:
                 return list(self.recorded(phase, (phase.group, "keep", 1)).residents.sizes)
         return []
@@ -238,18 +238,23 @@ class Estimator:
             slots = slots if len(slots) else writer.hold(self.slots(), "streamed blocks")
             if self.facts.average_bytes:
                 writer.mark("average")
-                for name, own in self._own(policy).items() if self.streams else ():  # updates that wait for a use
-                    writer.play(flow(self.update_piece(name, own).piece, Taking(later=True)))
+                self._write_waiting(writer, policy)
                 if policy.ema == "device":
                     average = self.pieces.get(Job(structure=self.structure, what="average"))
                     writer.play(flow(average.piece, Taking(later=True)))
         if self.facts.samples_images:
             writer.mark("sampling")
-            brought = writer.hold(self._averages() if policy.ema == "host" else [], "average on the device")
+            brought = writer.hold(self._brought() if policy.ema == "host" else [], "average on the device")
             writer.play(flow(self._sampled(self.sampling_slice(policy)).piece, Taking(later=True)))
             writer.free(brought)
         writer.mark("saving")  # tensor by tensor to the host: nothing is added
+        if not self.facts.average_bytes:  # but updates that wait for a use
+            self._write_waiting(writer, policy)
         return writer.requests()
+
+    def _write_waiting(self, writer: Writer, policy: MemoryPolicy) -> None:
+        for name, own in self._own(policy).items() if self.streams else ():
+            writer.play(flow(self.update_piece(name, own).piece, Taking(later=True)))
 
     def sampling_slice(self, policy: MemoryPolicy) -> int:
         """Images that are sampled at a time."""
@@ -285,7 +290,10 @@ class Estimator:
     def _own(self, policy: MemoryPolicy) -> dict[str, OptimizerPolicy]:
         return {name: policy.optimizer(name) for name in self.facts.optimizers}
 
-    def _averages(self) -> Iterable[tuple[int, int]]:
+    def _brought(self) -> Iterable[tuple[int, int]]:
+        """What sampling brings to the device of averages on the host."""
+        if self.structure.has_slots:
+            return [(AVERAGE, self.facts.average_slice_bytes)]
         return [(kind, size) for kind, size in self.facts.residents.sizes if kind == AVERAGE]
 
     def _write_phase(self, writer: Writer, phase: PhaseFacts, policy: MemoryPolicy) -> None:

@@ -264,6 +264,7 @@ class _Author:
             if own.state == "host" or own.weights == "stream":
                 total += facts.state_bytes[name]
         total += facts.average_bytes if self.policy.ema == "host" else 0
+        total += facts.frozen_bytes if self.policy.frozen == "stream" else 0
         offloaded = [
             self.estimator.phase(phase, choice_of(self.policy, phase), self.policy.optimizer(phase.optimizer))
             for phase in facts.phases

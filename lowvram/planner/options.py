@@ -1,7 +1,8 @@
 """What the planner may choose from: the values of each setting, by what they cost to look into.
 
 Tier 1 cuts phases into micro-batches. Tier 2 recomputes or offloads activations, defers updates, and moves state and
-averages to the host. Tier 3 streams weights. All of it trains the same network; what would not has to be allowed.
+averages to the host. Tier 3 streams weights: those of frozen networks alone, which costs no deferred update, or all.
+All of it trains the same network; what would not has to be allowed.
 """
 
 from collections.abc import Collection, Mapping
@@ -28,13 +29,14 @@ ALLOWED = {**ROUNDINGS, **LOSSES}
 class Fixed:
     """Settings that the user wrote, which no plan changes: by phase, by optimizer, and for all.
 
-    weights: of every network; None: as the plan wants them.
+    weights: of every network, frozen: of those that no update changes; None: as the plan wants them.
     """
 
     phases: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     optimizers: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     ema: str | None = None
     weights: str | None = None
+    frozen: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +97,7 @@ def _micro_batches(phase: PhaseFacts, fixed: Fixed) -> list[int]:
 
 
 def _activations(phase: PhaseFacts, tier: int, structure: Structure, fixed: Fixed) -> list[tuple[str, int]]:
-    streams, sharded = structure.weights == "stream", structure.sharded
+    streams, sharded = _streams_all(phase, structure), structure.sharded
     own = fixed.phases.get(phase.name, {})
     every = int(own.get("recompute_every", 1))
     if "activations" in own:
@@ -109,6 +111,12 @@ def _activations(phase: PhaseFacts, tier: int, structure: Structure, fixed: Fixe
     if streams:
         return [("keep", 1)]  # streamed blocks are recomputed as it is
     return [("keep", 1), ("recompute", every)] if phase.has_blocks else [("keep", 1), ("offload", 1)]
+
+
+def _streams_all(phase: PhaseFacts, structure: Structure) -> bool:
+    """Whether all blocks of a phase are streamed."""
+    frozen = structure.frozen == "stream" and phase.frozen_blocks and not phase.trained_blocks
+    return structure.weights == "stream" or frozen
 
 
 def _optimizers(
@@ -163,6 +171,7 @@ def policy_of(
         precision=structure.precision,
         attention=structure.attention,
         fsdp=structure.fsdp,
+        frozen=structure.frozen,
         ema=ema,
         optimizers=optimizers,
         phases={

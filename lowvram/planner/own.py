@@ -71,7 +71,8 @@ def plan_memory(
         card: by name; None: the one that is there, else a usual one of the budget's size.
         allow: what may be changed if nothing fits else: adam8bit; batch_norm: batch normalisation over micro-batches.
         precision: of autocast: fp32, bf16, fp16; auto is bf16 where the card has it, else fp16.
-        networks: what losses use besides the networks in training, such as a frozen VGG, by name.
+        networks: what losses use besides the networks that phases train and go through, such as a VGG, by name. A
+            network that a gradient goes through belongs in `Phase.frozen`: it can be recomputed and streamed then.
         averages: averaged networks. Update them after `applied.settle()`.
         blocks: a network's blocks by name, where its structure does not show them.
         kimg: thousand samples of the training, for its hours. name: of the training, for the table.
@@ -156,12 +157,10 @@ def apply_plan(
         for message in guard.cap(plan.vram_bytes, where).messages:
             log.warning(message)
     others = list((networks or {}).values())
-    inside = {module for n in _streamed(plan, phases) for module in n.modules()}
-    trained = [network for phase in phases for network in phase.networks]
-    for network in dict.fromkeys((*trained, *others)):
-        if network not in inside:  # what streams stays where it is
-            if any(module in inside for module in network.modules()):
-                continue
+    # What phases train and go through is placed with the plan: streamed, or on the device.
+    placed = {module for phase in phases for n in (*phase.networks, *phase.frozen) for module in n.modules()}
+    for network in others:
+        if not any(module in placed for module in network.modules()):
             network.to(where)
     for parameter in (p for phase in phases for p in phase.parameters()):
         parameter.grad = None  # of a training before
@@ -226,7 +225,7 @@ def _named(
 ) -> dict[str, nn.Module]:
     """All networks by name, none inside another."""
     found = dict(networks)
-    for network in (n for phase in phases for n in phase.networks):
+    for network in (n for phase in phases for n in (*phase.networks, *phase.frozen)):
         _add(found, type(network).__name__, network)
     for average in averages:
         _add(found, f"average of {type(average.source).__name__}", average.target)
@@ -308,14 +307,6 @@ def autocast_for(wanted: str, card: Card) -> str:
             "Use precision=fp16 (with loss scaling), or precision=auto.",
         )
     return wanted
-
-
-def _streamed(plan: Plan, phases: Sequence[Phase]) -> list[nn.Module]:
-    first: dict[int, str] = {}
-    for phase in phases:
-        first.setdefault(id(phase.optimizer), phase.name)
-    streams = [p for p in phases if plan.policy.optimizer(first[id(p.optimizer)]).weights == "stream"]
-    return [network for phase in streams for network in phase.networks]
 
 
 def _device(phases: Sequence[Phase], device: torch.device | str | None) -> torch.device:

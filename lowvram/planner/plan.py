@@ -332,7 +332,7 @@ def settings_of(policy: MemoryPolicy, phases: Collection[str], *, plain: MemoryP
             value = getattr(policy.optimizer(name), field_.name)
             if value != getattr(plain.optimizer(name), field_.name):
                 words[f"memory.{word}.{name}"] = value
-    for word in ("ema", "attention", "fsdp"):
+    for word in ("ema", "attention", "fsdp", "frozen"):
         if getattr(policy, word) != getattr(plain, word):
             words[f"memory.{word}"] = getattr(policy, word)
     return words

@@ -20,8 +20,6 @@ from lowvram.planner.tracing import Structure
 from lowvram.settings import Settings, parse_bytes
 from lowvram.tasks import build_task, task_class
 
-_UNPLANNED = ("memory.weights_dtype",)
-
 
 def subject_of(settings: Settings) -> Callable[[], Subject]:
     """What builds the task of a recipe, on fake tensors: to be called within `subject.fake_card`."""
@@ -100,6 +98,7 @@ def _request(settings: Settings, changes: tuple[str, ...], card: Card, processes
             attention=settings.memory.attention,
             precision=precision,
             fsdp=settings.memory.fsdp,
+            weights_dtype=_weights_dtype(settings),
             processes=processes,
             triton=cards.runs_triton(card, settings.kernels),
         ),
@@ -116,17 +115,16 @@ def fixed_by(settings: Settings) -> Fixed:
     phases: dict[str, dict[str, Any]] = {}
     optimizers: dict[str, dict[str, str]] = {}
     memory = settings.memory
+    for key, kind in memory.optimizer.items():
+        if kind != "adam":  # part of what the recipe trains, like its losses
+            optimizers[key] = {"kind": kind}
     for name in settings.overrides:
         group, _, key = name.rpartition(".")
         if group == "micro_batch":
             phases.setdefault(key, {})["micro_batch"] = settings.micro_batches()[key]
         elif group == "memory.activations":
             phases.setdefault(key, {})["activations"] = memory.activations[key]
-        elif group in _UNPLANNED or name in _UNPLANNED:
-            raise LowVRAMError(
-                f"{name} is named, which no plan is made with.", "Train by the recipe's settings alone: memory=recipe."
-            )
-        elif group == "memory.weights":
+        elif group in ("memory.weights", "memory.weights_dtype"):
             continue
         elif group.startswith("memory.") and group.removeprefix("memory.") in memory.by_optimizer():
             column = group.removeprefix("memory.")
@@ -136,7 +134,20 @@ def fixed_by(settings: Settings) -> Fixed:
         for name in settings.phase_names():
             phases.setdefault(name, {})["recompute_every"] = memory.recompute_every
     ema = memory.ema if "memory.ema" in settings.overrides else None
-    return Fixed(phases=phases, optimizers=optimizers, ema=ema, weights=_fixed_weights(settings))
+    frozen = memory.frozen if "memory.frozen" in settings.overrides else None
+    return Fixed(phases=phases, optimizers=optimizers, ema=ema, weights=_fixed_weights(settings), frozen=frozen)
+
+
+def _weights_dtype(settings: Settings) -> str:
+    """What all networks in training are held in, which is the recipe's to say."""
+    own = {key: value for key, value in settings.memory.weights_dtype.items() if key in settings.phase_names()}
+    dtypes = set(own.values()) or {"fp32"}
+    if len(dtypes) > 1:
+        raise LowVRAMError(
+            f"memory.weights_dtype differs between {' and '.join(own)}, and a plan holds all networks alike.",
+            "Set it alike for all, or train by the recipe's settings alone: memory=recipe.",
+        )
+    return dtypes.pop()
 
 
 def _fixed_weights(settings: Settings) -> str | None:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 
+from lowvram.errors import LowVRAMError
 from lowvram.memory.ladder import PhaseFacts
 from lowvram.memory.policy import MemoryPolicy, OptimizerPolicy
 from lowvram.planner import calibration
@@ -89,7 +90,7 @@ class Search:
         self.pieces, self.card, self.constants = pieces, card, constants
         self.fixed, self.allow = fixed or Fixed(), tuple(allow)
         self.resident = Estimator(pieces, structure, card)
-        self.streamed = Estimator(pieces, replace(structure, weights="stream", fsdp="none"), card)
+        self.streamed = [Estimator(pieces, own, card) for own in self._streamed_structures(structure)]
         self._frontiers: dict[int, list[Candidate]] = {}
         self._weighed: dict[MemoryPolicy, Weighed] = {}
 
@@ -117,8 +118,9 @@ class Search:
         """The candidates up to a tier that no other beats, the fastest and largest first."""
         if tier not in self._frontiers:
             before = self.frontier(tier - 1) if tier - 1 in self._tiers() else []
-            estimator = self.streamed if tier == 3 else self.resident
-            self._frontiers[tier] = _unbeaten([*before, *self._candidates(estimator, tier)])
+            estimators = self.streamed if tier == 3 else [self.resident]
+            candidates = [one for estimator in estimators for one in self._candidates(estimator, tier)]
+            self._frontiers[tier] = _unbeaten([*before, *candidates])
         return self._frontiers[tier]
 
     def weigh(self, candidate: Candidate, *, settle: bool = True) -> Weighed:
@@ -140,13 +142,28 @@ class Search:
     # Looking.
 
     def _tiers(self) -> Iterator[int]:
-        if self.fixed.weights != "stream":
+        if "stream" not in (self.fixed.weights, self.fixed.frozen):
             yield 1
             yield 2
-        if self.resident.structure.sharded:  # which does what streaming would
-            return
-        if self.fixed.weights != "device" and all(p.has_blocks for p in self.resident.facts.phases):
+        if self.streamed:
             yield 3
+
+    def _streamed_structures(self, structure: Structure) -> list[Structure]:
+        """How weights are held where some are streamed: the frozen alone, or all that can be."""
+        if structure.sharded:  # which does what streaming would
+            return []
+        phases = self.resident.facts.phases
+        frozen = self.fixed.frozen != "device" and any(phase.frozen_blocks for phase in phases)
+        trained = self.fixed.weights != "device" and all(phase.has_blocks and phase.trained_blocks for phase in phases)
+        found = []
+        if frozen and self.fixed.weights != "stream":
+            found.append(replace(structure, frozen="stream"))
+        if trained and (frozen or self.fixed.frozen != "stream"):
+            found.append(replace(structure, weights="stream", frozen="stream" if frozen else "device", fsdp="none"))
+        for name, wanted in (("memory.weights", self.fixed.weights), ("memory.frozen", self.fixed.frozen)):
+            if wanted == "stream" and not found:
+                raise LowVRAMError(f"{name}=stream, but its networks show no blocks.", f"Use {name}=device.")
+        return found
 
     def _best(self, tier: int, vram_bytes: int | None) -> Weighed | None:
         for candidate in self.frontier(tier):
@@ -263,7 +280,7 @@ class Search:
                 estimator=estimator,
                 seconds=seconds,
                 live_bytes=held + max([floor] + [row[1] for row in picked.values()]),
-                techniques=_techniques(chosen, optimizers, ema),
+                techniques=_techniques(chosen, optimizers, ema) + (estimator.structure.frozen != "device"),
             )
 
 

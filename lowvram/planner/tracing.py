@@ -12,12 +12,12 @@ from unittest import mock
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from lowvram.memory import host
-from lowvram.memory.apply import Applied
+from lowvram.memory.apply import Applied, blocks_of
 from lowvram.memory.fsdp import local
 from lowvram.memory.ladder import PhaseFacts
 from lowvram.memory.narrow_optimizer import NarrowOptimizer
@@ -35,7 +35,7 @@ from lowvram.planner.subject import Subject, fake_card
 class Structure:
     """What of a policy changes the operations of a phase, beside its activations.
 
-    weights: of all optimizers, on the device or streamed. weights_dtype, precision, attention, fsdp: as in
+    weights: of all optimizers, on the device or streamed. weights_dtype, precision, attention, fsdp, frozen: as in
     MemoryPolicy. processes: that share each step, a card for each; a plan is for one of them. triton: whether the card
     runs Triton's kernels.
     """
@@ -47,6 +47,7 @@ class Structure:
     fsdp: str = "none"
     processes: int = 1
     triton: bool = False
+    frozen: str = "device"
 
     @classmethod
     def of(cls, policy: MemoryPolicy, *, processes: int = 1, triton: bool = False) -> "Structure":
@@ -60,7 +61,13 @@ class Structure:
             fsdp=policy.fsdp,
             processes=processes,
             triton=triton,
+            frozen=policy.frozen,
         )
+
+    @property
+    def has_slots(self) -> bool:
+        """Whether some weights are streamed, trained or frozen ones."""
+        return "stream" in (self.weights, self.frozen)
 
     @property
     def sharded(self) -> bool:
@@ -77,6 +84,7 @@ class Structure:
             precision=self.precision,
             attention=self.attention,
             fsdp=self.fsdp,
+            frozen=self.frozen,
             optimizers=dict.fromkeys(optimizers, own),
         )
 
@@ -129,7 +137,8 @@ class Facts:
 
     phases: in the order of a step, with `samples` of all processes, `every`, `terms` and `clips` beside the ladder's
     facts.
-    parameter_bytes, state_bytes: of each optimizer. largest_block_bytes: its weights.
+    parameter_bytes, state_bytes: of each optimizer. largest_block_bytes: its weights. frozen_bytes: weights of frozen
+    blocks, which can stream. average_slice_bytes: of averages that come to the device block by block.
     """
 
     phases: tuple[PhaseFacts, ...]
@@ -145,6 +154,8 @@ class Facts:
     state_bytes: dict[str, int]
     samples_images: bool
     own_precision: bool
+    frozen_bytes: int = 0
+    average_slice_bytes: int = 0
 
 
 class Tracer:
@@ -168,8 +179,9 @@ class Tracer:
             sum_over_processes=pretended.summed,
         )
 
-        recorder.call_networks(subject.networks)  # sharded parameters are new ones
-        for network in subject.networks.values():
+        self.networks = _with_frozen(subject)
+        recorder.call_networks(self.networks)  # sharded parameters are new ones
+        for network in self.networks.values():
             recorder.know(local(tensor) for tensor in (*network.parameters(), *network.buffers()))
         recorder.know(subject.resident)
 
@@ -195,17 +207,19 @@ class Tracer:
     def facts(self) -> Facts:
         """Of the subject."""
         applied, subject = self.applied, self.subject
-        applied.settle()  # streamed weights are on the host; slots count with the phases that use them
+        applied.flush()  # streamed weights are on the host; slots count with the phases that use them
         averaged = {id(average.target) for average in subject.averages}
         sizes: list[tuple[int, int]] = []
-        average_bytes = 0
         seen: set[int] = set()
-        for network in subject.networks.values():
+        # Averages first: they may sit inside a frozen network.
+        for network in sorted(self.networks.values(), key=lambda network: id(network) not in averaged):
             kind = AVERAGE if id(network) in averaged else WEIGHTS
             for tensor in (*network.parameters(), *network.buffers()):
                 sizes += _sizes([local(tensor)], kind, seen)
-            # A redone step starts from a copy of the buffers (memory.recovery.Snapshot).
-            sizes += [(TEMPORARY, b.untyped_storage().nbytes()) for b in network.buffers()]
+        # A redone step starts from a copy of the buffers (memory.recovery.Snapshot).
+        packed = {id(buffer) for buffer in applied.packed()}
+        buffers = {id(b): b for network in self.networks.values() for b in network.buffers()}
+        sizes += [(TEMPORARY, b.untyped_storage().nbytes()) for key, b in buffers.items() if key not in packed]
         sizes += _sizes(subject.resident, TEMPORARY, seen)
         if subject.batch_bytes:
             sizes.append((TEMPORARY, subject.batch_bytes // self.structure.processes))
@@ -228,6 +242,8 @@ class Tracer:
             state_bytes={name: _state_bytes(updater) for name, updater in applied.updaters.items()},
             samples_images=subject.sample is not None,
             own_precision=subject.own_precision,
+            frozen_bytes=applied.frozen_bytes(),
+            average_slice_bytes=sum(_slice_bytes(average.target) for average in subject.averages),
         )
 
     # Jobs.
@@ -244,6 +260,8 @@ class Tracer:
         if streams or sharded:  # once before, so that what a first run makes is there
             self._run(phase, replace(job, runs=1))
             updater.finish(torch.zeros([]), None) if streams else updater.discard()
+        elif self.structure.has_slots:
+            self.applied.make_slots()
         self.recorder.start()
         with self._marked(updater), self._collecting(phase):
             self._run(phase, job)
@@ -347,9 +365,29 @@ class Tracer:
 
     def _sample(self, job: Job) -> Recorded:
         assert self.subject.sample is not None
+        self.applied.make_slots()
         self.recorder.start()
-        self.subject.sample(job.samples)
+        with self.applied.sampling():
+            self.subject.sample(job.samples)
         return Recorded(piece=self.recorder.cut())
+
+
+def _with_frozen(subject: Subject) -> dict[str, nn.Module]:
+    """The networks of a subject by name, those that its phases go through too."""
+    found = dict(subject.networks)
+    known = {module for network in found.values() for module in network.modules()}
+    for network in (network for phase in subject.phases for network in phase.frozen):
+        if network not in known:
+            name = type(network).__name__
+            found[name if name not in found else f"{name} {len(found)}"] = network
+            known.update(network.modules())
+    return found
+
+
+def _slice_bytes(network: nn.Module) -> int:
+    """The most of a network that is on the device when it comes block by block."""
+    blocks = [sum(local(p).nbytes for p in block.parameters()) for block in blocks_of(network).values()]
+    return sum(local(p).nbytes for p in network.parameters()) - sum(blocks) + max(blocks, default=0)
 
 
 def _state_of(updater: Updater) -> list[Tensor]:

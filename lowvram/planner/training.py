@@ -206,7 +206,7 @@ def _run(chosen: Chosen, device: torch.device, meter: Meter, folder: Path) -> No
             applied.settle()
             for average in task.averages:
                 average.update(1000, settings.batch)
-    with meter.phase("sampling"), applied.averages_on_device():
+    with meter.phase("sampling"), applied.sampling():
         task.sample(1 if device.type == "cpu" else min(settings.grid, settings.batch))
 
 

@@ -8,12 +8,14 @@ from lowvram.settings.autoencoder import AutoencoderSettings
 from lowvram.settings.base import MEMORY_CHOICES, Settings
 from lowvram.settings.checks import check_resolution, flatten, nearest, one_of, parse_bytes
 from lowvram.settings.diffusion import DiffusionSettings
+from lowvram.settings.stable_diffusion import StableDiffusionSettings
 from lowvram.settings.stylegan2 import StyleGAN2Settings
 
 BY_TASK: dict[str, type[Settings]] = {
     "stylegan2": StyleGAN2Settings,
     "autoencoder": AutoencoderSettings,
     "diffusion": DiffusionSettings,
+    "stable_diffusion": StableDiffusionSettings,
 }
 
 __all__ = [
@@ -22,6 +24,7 @@ __all__ = [
     "AutoencoderSettings",
     "DiffusionSettings",
     "Settings",
+    "StableDiffusionSettings",
     "StyleGAN2Settings",
     "check_resolution",
     "flatten",

@@ -18,6 +18,7 @@ MEMORY_CHOICES = {
     "state": ("device", "host"),
     "weights": ("device", "stream"),
     "weights_dtype": ("fp32", "bf16"),
+    "frozen": ("device", "stream"),
     "ema": ("device", "host"),
     "attention": ("sdpa", "xformers", "math"),
     "fsdp": ("none", "shard", "offload"),
@@ -38,7 +39,8 @@ class DataSettings:
     workers: int
     on_bad_file: str
     bad_file_limit: int
-    buckets: bool = False  # run folders from before there were any mean this
+    buckets: bool = False  # run folders from before there were any mean this, here and below
+    masks: str | None = None
 
     def __post_init__(self) -> None:
         one_of("data.on_bad_file", self.on_bad_file, ("skip", "error"))
@@ -54,7 +56,8 @@ class MemorySettings:
     """How memory is saved; lowvram.memory.policy holds what the values mean and which go together.
 
     policy: auto plans for the card that is there, recipe goes by the settings below, and the path of a plan.json or of
-    a policy by that. activations by phase; optimizer, update, state, weights and weights_dtype by optimizer.
+    a policy by that. activations by phase; optimizer, update, state, weights and weights_dtype by optimizer. frozen:
+    where the weights are that no update changes.
     """
 
     activations: dict[str, str]
@@ -67,7 +70,8 @@ class MemorySettings:
     ema: str
     attention: str
     fsdp: str
-    policy: str = "auto"  # run folders from before there was one mean this
+    policy: str = "auto"  # run folders from before there was one mean this, here and below
+    frozen: str = "device"
 
     def __post_init__(self) -> None:
         if self.policy not in ("auto", "recipe") and not self.policy.endswith(".json"):
@@ -76,7 +80,7 @@ class MemorySettings:
         for name, values in {**self.by_optimizer(), "activations": self.activations}.items():
             for key, value in values.items():
                 one_of(f"memory.{name}.{key}", value, MEMORY_CHOICES[name])
-        for name in ("ema", "attention", "fsdp"):
+        for name in ("ema", "attention", "fsdp", "frozen"):
             one_of(f"memory.{name}", getattr(self, name), MEMORY_CHOICES[name])
 
     def by_optimizer(self) -> dict[str, dict[str, str]]:
@@ -116,7 +120,7 @@ class Settings:
     overrides: list[str] = field(default_factory=list)  # the settings that the user named, in dotted form
 
     def __post_init__(self) -> None:
-        check_resolution(self.resolution)
+        self.check_resolution()
         at_least("batch", self.batch, 1)
         at_least("keep", self.keep, 1)
         at_least("grid", self.grid, 1)
@@ -131,13 +135,23 @@ class Settings:
             raise LowVRAMError(f"device={self.device} is not known.", "Use auto, cpu, cuda or cuda:N.")
         if self.vram is not None:
             parse_bytes("vram", self.vram)
-        if self.data.buckets and self.task != "diffusion":
+        if self.data.buckets and self.task not in ("diffusion", "stable_diffusion"):
             raise LowVRAMError(
                 f"data.buckets=true is for latent diffusion alone, and task={self.task} learns from squares.",
                 "Leave data.buckets out.",
             )
+        if self.data.masks is not None and self.task != "stable_diffusion":
+            raise LowVRAMError(
+                f"data.masks={self.data.masks} is for fine-tuning Stable Diffusion, and the recipe trains "
+                f"task={self.task}.",
+                "Leave data.masks out.",
+            )
         for phase, micro in self.micro_batches().items():
             self._check_micro_batch(phase, micro)
+
+    def check_resolution(self) -> None:
+        """Raise LowVRAMError unless images of that size can be trained on."""
+        check_resolution(self.resolution)
 
     def phase_names(self) -> list[str]:
         """The phases that the recipe trains, in the order of a step."""

@@ -3,12 +3,17 @@
 from dataclasses import dataclass
 
 from lowvram.errors import LowVRAMError
-from lowvram.settings.checks import at_least
+from lowvram.settings.checks import at_least, fraction, one_of
+
+STEP_SCHEDULES = ("constant", "cosine", "linear", "polynomial", "cosine_restarts")
 
 
 @dataclass(kw_only=True)
 class AdamSettings:
-    """AdamW, with the gradient's global norm bounded and the step size growing at the start."""
+    """AdamW, with the gradient's global norm bounded, and a step size that grows at first and then may fall.
+
+    final_lr: share of lr that the schedule ends at. power: of the polynomial. cycles: of cosine_restarts.
+    """
 
     lr: float
     beta1: float
@@ -17,6 +22,10 @@ class AdamSettings:
     weight_decay: float
     clip_norm: float | None
     warmup_kimg: float
+    schedule: str = "constant"  # run folders from before there were schedules mean this, here and below
+    final_lr: float = 0.0
+    power: float = 2.0
+    cycles: int = 3
 
     def __post_init__(self) -> None:
         for name in ("lr", "eps", *(("clip_norm",) if self.clip_norm is not None else ())):
@@ -27,6 +36,11 @@ class AdamSettings:
                 raise LowVRAMError(f"optimizer.{name}={getattr(self, name)} must lie in [0, 1).", "Use 0.9 and 0.99.")
         for name in ("weight_decay", "warmup_kimg"):
             at_least(f"optimizer.{name}", getattr(self, name), 0)
+        one_of("optimizer.schedule", self.schedule, STEP_SCHEDULES)
+        fraction("optimizer.final_lr", self.final_lr)
+        at_least("optimizer.cycles", self.cycles, 1)
+        if self.power <= 0:
+            raise LowVRAMError(f"optimizer.power={self.power} must be above 0.", "1 falls linearly; 2 is usual.")
 
 
 @dataclass(kw_only=True)

@@ -82,11 +82,6 @@ class LatentSettings:
         at_least("latent.channels", self.channels, 1)
         at_least("latent.crops", self.crops, 1)
         one_of("latent.factor", str(self.factor), ("1", "2", "4", "8", "16", "32"))
-        if self.recipe is None and self.path is None:
-            raise LowVRAMError(
-                "latent.recipe and latent.path are both null, and latents need an autoencoder.",
-                "Give latent.path=FOLDER for one that is trained, or latent.recipe=faces256_vae.",
-            )
 
 
 @dataclass(kw_only=True)
@@ -181,6 +176,11 @@ class DiffusionSettings(Settings):
         super().__post_init__()
         one_of("network", self.network, NETWORKS)
         one_of("condition", self.condition, CONDITIONS)
+        if self.latent.recipe is None and self.latent.path is None:
+            raise LowVRAMError(
+                "latent.recipe and latent.path are both null, and latents need an autoencoder.",
+                "Give latent.path=FOLDER for one that is trained, or latent.recipe=faces256_vae.",
+            )
         if self.condition == "class" and not self.data.labels:
             raise LowVRAMError("condition=class needs class labels.", "Add data.labels=true.")
         if self.resolution % (self.latent.factor * self.grain):
@@ -190,25 +190,11 @@ class DiffusionSettings(Settings):
                 "Use a higher resolution, a smaller latent.factor, or fewer levels.",
             )
         if self.data.buckets:
-            self._check_buckets()
+            check_buckets(self.resolution, self.latent, self.grain)
 
     def at_full_cost(self) -> "DiffusionSettings":
         """Each step of sampling takes the memory of the others: two are enough to see it."""
         return replace(self, sampling=replace(self.sampling, steps=2))
-
-    def _check_buckets(self) -> None:
-        if self.latent.crops > 1:
-            raise LowVRAMError(
-                f"data.buckets=true does not go with latent.crops={self.latent.crops}: images are hardly cut.",
-                "Use latent.crops=1, or leave data.buckets out.",
-            )
-        multiple = self.latent.factor * self.grain
-        if self.resolution < 3 * multiple:
-            raise LowVRAMError(
-                f"data.buckets=true leaves nothing but the square at resolution={self.resolution}: sides are multiples "
-                f"of {multiple}, latent.factor={self.latent.factor} times the {self.grain} of network={self.network}.",
-                "Use a higher resolution, a smaller latent.factor, fewer levels, or leave data.buckets out.",
-            )
 
     @property
     def latent_size(self) -> int:
@@ -219,3 +205,19 @@ class DiffusionSettings(Settings):
     def grain(self) -> int:
         """What the width and height of a latent must be a multiple of."""
         return self.dit.patch if self.network == "dit" else int(2 ** (len(self.unet.channels) - 1))
+
+
+def check_buckets(resolution: int, latent: LatentSettings, grain: int) -> None:
+    """Raise LowVRAMError unless images of several shapes can be learned from. grain: that sides of latents have."""
+    if latent.crops > 1:
+        raise LowVRAMError(
+            f"data.buckets=true does not go with latent.crops={latent.crops}: images are hardly cut.",
+            "Use latent.crops=1, or leave data.buckets out.",
+        )
+    multiple = latent.factor * grain
+    if resolution < 3 * multiple:
+        raise LowVRAMError(
+            f"data.buckets=true leaves nothing but the square at resolution={resolution}: sides are multiples of "
+            f"{multiple}, latent.factor={latent.factor} times the {grain} of the network.",
+            "Use a higher resolution, a smaller latent.factor, fewer levels, or leave data.buckets out.",
+        )

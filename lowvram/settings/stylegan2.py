@@ -9,6 +9,7 @@ from lowvram.settings.checks import at_least, divisor, fraction, near_multiple, 
 
 AUGMENT_MODES = ("none", "fixed", "ada")
 PIPELINES = ("blit", "geom", "color", "filter", "noise", "cutout", "bg", "bgc", "bgcf", "bgcfn", "bgcfnc")
+PUBLISHED_MAPPING_LR = 0.01  # that published weights are stored for (arXiv 1812.04948, appendix C)
 R1_KINDS = ("exact", "finite_difference")
 
 
@@ -63,13 +64,17 @@ class LossSettings:
 
 @dataclass(kw_only=True)
 class OptimizerSettings:
-    """Adam, for the generator and the discriminator."""
+    """Adam, for the generator and the discriminator.
+
+    mapping_lr: of the mapping network, relative to the generator's other layers.
+    """
 
     lr: float
     lr_d: float | None
     beta1: float
     beta2: float
     eps: float
+    mapping_lr: float = PUBLISHED_MAPPING_LR  # run folders from before there was a choice mean this
 
     def __post_init__(self) -> None:
         for name in ("lr", "eps") + (("lr_d",) if self.lr_d is not None else ()):
@@ -80,6 +85,11 @@ class OptimizerSettings:
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise LowVRAMError(f"optimizer.{name}={getattr(self, name)} must lie in [0, 1).", "Use 0 and 0.99.")
+        if not 1e-6 <= self.mapping_lr <= 1:
+            raise LowVRAMError(
+                f"optimizer.mapping_lr={self.mapping_lr} must lie in [0.000001, 1].",
+                "0.01 is usual; with less the mapping stays nearer to what it was, 0.0001 all but still.",
+            )
 
 
 @dataclass(kw_only=True)

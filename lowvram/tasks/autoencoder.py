@@ -19,7 +19,7 @@ from lowvram.objectives import reconstruction
 from lowvram.phase import MicroBatch, Phase
 from lowvram.settings import AutoencoderSettings
 from lowvram.tasks import Task
-from lowvram.tasks.warmup import Warmup
+from lowvram.tasks.step_size import StepSizes
 
 TILE_PIXELS = 512  # images above this size are encoded and decoded in tiles, so that they don't set the peak
 
@@ -80,7 +80,9 @@ class AutoencoderTask(Task):
                     **whole,
                 )
             )
-        self.warmup = Warmup(self.optimizers.values(), settings.optimizer.warmup_kimg, settings.batch)
+        self.step_sizes = StepSizes(
+            self.optimizers.values(), settings.optimizer, kimg=settings.kimg, batch=settings.batch
+        )
         self.averages = [
             ExponentialMovingAverage(
                 self.autoencoder, self.average, half_life_kimg=settings.ema.half_life_kimg, rampup=settings.ema.rampup
@@ -131,7 +133,7 @@ class AutoencoderTask(Task):
 
     def end_step(self, step: int) -> None:
         self._step = step
-        self.warmup.set(step)
+        self.step_sizes.set(step)
 
     def tensors(self) -> dict[str, Tensor]:
         return {"step": torch.tensor(self._step)}

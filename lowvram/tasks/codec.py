@@ -20,14 +20,17 @@ from lowvram.data import latents as cache
 from lowvram.data.bucketed import BucketedSet
 from lowvram.data.image_cache import cache_root
 from lowvram.data.latents import LatentSet, Variants
+from lowvram.data.masks import open_masks
 from lowvram.ema import on_device
 from lowvram.errors import LowVRAMError
 from lowvram.models.autoencoder import Autoencoder, decode_safely, sample_latents
 from lowvram.models.tiling import encode_tiled
 from lowvram.run import OUTPUTS, Run
-from lowvram.settings import AutoencoderSettings, DiffusionSettings
-from lowvram.tasks import load_json, open_images
+from lowvram.settings import AutoencoderSettings, DiffusionSettings, StableDiffusionSettings
+from lowvram.tasks import load_json, open_images, published
 from lowvram.tasks.autoencoder import TILE_PIXELS, AutoencoderTask, save, to_pixels, to_range
+
+LatentSettings = DiffusionSettings | StableDiffusionSettings
 
 BESIDE = "autoencoder"  # the folder of the copy within a run
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -86,7 +89,7 @@ class Codec:
 # Where it comes from.
 
 
-def find(settings: DiffusionSettings, folder: Path | None) -> Path | None:
+def find(settings: LatentSettings, folder: Path | None) -> Path | None:
     """The autoencoder: the copy in the run's folder, what `latent.path` names, or a finished run of `latent.recipe`.
 
     Where training goes on from another run, in whose latents the denoiser is at home: that run's copy.
@@ -100,6 +103,8 @@ def find(settings: DiffusionSettings, folder: Path | None) -> Path | None:
             return home / BESIDE
     if settings.latent.path is not None:
         return Path(settings.latent.path).expanduser()
+    if isinstance(settings, StableDiffusionSettings):  # its weights have one
+        return None
     return next((run.folder for run, done in _runs(settings) if done), None)
 
 
@@ -165,7 +170,7 @@ def _numbered(name: str, number: int) -> str:
     return name if number == 1 else f"{name}-{number}"
 
 
-def load(path: Path, settings: DiffusionSettings) -> Codec:
+def load(path: Path, settings: LatentSettings) -> Codec:
     """Read an autoencoder onto the CPU.
 
     path: a run of lowvram; a `vae` folder of diffusers, or the folder of a whole pipeline.
@@ -182,7 +187,7 @@ def load(path: Path, settings: DiffusionSettings) -> Codec:
     return codec
 
 
-def _check_shape(name: str, channels: int, factor: int, settings: DiffusionSettings) -> None:
+def _check_shape(name: str, channels: int, factor: int, settings: LatentSettings) -> None:
     for what, has, wants in (
         ("channels", channels, settings.latent.channels),
         ("factor", factor, settings.latent.factor),
@@ -233,6 +238,13 @@ def pretended(settings: DiffusionSettings) -> Codec:
     return Codec(autoencoder=AutoencoderTask(_wanted(settings), torch.device("cpu")).average, scaled=True)
 
 
+def of_pipeline(pipeline: published.Source) -> Codec:
+    """The autoencoder of published weights."""
+    network = published.autoencoder(pipeline)
+    network.eval().requires_grad_(False)
+    return Codec(autoencoder=network, scaled=True)
+
+
 def _config_of(path: Path) -> Path | None:
     """The config.json of a `vae` folder, or of a pipeline's; none for a run of lowvram."""
     found = (folder / "config.json" for folder in (path / "vae", path))
@@ -248,7 +260,7 @@ def write_beside(codec: Codec, folder: Path) -> None:
 # The latents of a data set.
 
 
-def latents(settings: DiffusionSettings, codec: Codec, device: torch.device) -> LatentSet:
+def latents(settings: LatentSettings, codec: Codec, device: torch.device) -> LatentSet:
     """The latents of the recipe's images: read where they are kept, made where they are not.
 
     With text each image's label is its own index, that of its caption. With `data.buckets` images are of several
@@ -275,6 +287,7 @@ def latents(settings: DiffusionSettings, codec: Codec, device: torch.device) -> 
             },
             variants=Variants(mirror=settings.data.mirror, crops=latent.crops),
             larger=larger,
+            masks=None if settings.data.masks is None else open_masks(images, settings.data.masks),
             picture_sizes=picture_sizes,
             batch=max(1, 2**21 // settings.resolution**2) if device.type == "cuda" else 16,
         )

@@ -54,8 +54,12 @@ class Condition(ABC):
         """Of classes or prompts, a row for each. cut: a text that is too long is read in part, as in training."""
 
     @abstractmethod
-    def null(self, network: nn.Module | None) -> Conditions:
-        """No condition, one row."""
+    def null(self, network: nn.Module | None, negative: str | None = None) -> Conditions:
+        """No condition, one row. negative: for texts, a prompt to lead away from in its place.
+
+        Raises:
+            LowVRAMError: there is a negative prompt, and the network knows no texts.
+        """
 
     def _dropped(self, seeds: Tensor) -> Tensor:
         return seeded.rand(seeds, stream="condition") < self.dropout  # bool [b], CPU
@@ -74,7 +78,8 @@ class Unconditional(Condition):
     ) -> Conditions:
         return {}
 
-    def null(self, network: nn.Module | None) -> Conditions:
+    def null(self, network: nn.Module | None, negative: str | None = None) -> Conditions:
+        _no_texts(negative)
         return {}
 
 
@@ -97,7 +102,8 @@ class Classes(Condition):
                 raise LowVRAMError(f"class {wish} is not there.", f"This network's classes are 0 to {self.count - 1}.")
         return {"labels": torch.tensor(list(wishes))}
 
-    def null(self, network: nn.Module | None) -> Conditions:
+    def null(self, network: nn.Module | None, negative: str | None = None) -> Conditions:
+        _no_texts(negative)
         return {"labels": torch.tensor([self.count])}
 
 
@@ -142,8 +148,8 @@ class Words(Condition):
         context, mask = network(ids.to(self.device))
         return {"context": context, "context_mask": mask}
 
-    def null(self, network: nn.Module | None) -> Conditions:
-        return self.wanted([""], network)
+    def null(self, network: nn.Module | None, negative: str | None = None) -> Conditions:
+        return self.wanted([negative or ""], network)
 
 
 class Clip(Condition):
@@ -211,8 +217,8 @@ class Clip(Condition):
             context, mask, _ = self._encoder.encode(texts, too_long="cut" if cut else "error")
         return {"context": context.float().cpu(), "context_mask": mask.cpu()}
 
-    def null(self, network: nn.Module | None) -> Conditions:
-        return self.wanted([""], network)
+    def null(self, network: nn.Module | None, negative: str | None = None) -> Conditions:
+        return self.wanted([negative or ""], network)
 
     @cached_property
     def _encoder(self) -> "ClipText":
@@ -220,6 +226,11 @@ class Clip(Condition):
         from lowvram.models.clip_text import ClipText
 
         return ClipText(self.path)
+
+
+def _no_texts(negative: str | None) -> None:
+    if negative is not None:
+        raise LowVRAMError(f"negative={negative!r}: this network was trained without prompts.", "Leave negative out.")
 
 
 def make(settings: DiffusionSettings, classes: int, device: torch.device) -> Condition:

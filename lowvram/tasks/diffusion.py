@@ -1,9 +1,7 @@
 """Latent diffusion (arXiv 2112.10752) as one phase: a denoiser of an autoencoder's latents, a UNet or a transformer."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
@@ -12,13 +10,12 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lowvram import seeded, standin
 from lowvram.data.bucketed import BucketedSet
 from lowvram.data.captions import read_captions
 from lowvram.data.latents import LatentSet
-from lowvram.ema import ExponentialMovingAverage, on_device
+from lowvram.ema import ExponentialMovingAverage
 from lowvram.errors import LowVRAMError
 from lowvram.models.autoencoder import sample_latents
 from lowvram.models.dit import DiT
@@ -26,21 +23,18 @@ from lowvram.models.unet import UNet
 from lowvram.noise import Betas, Predict, Schedule
 from lowvram.objectives.diffusion import diffusion_loss
 from lowvram.phase import MicroBatch, Phase
-from lowvram.sampling.diffusion import LatentSampler
-from lowvram.sampling.gan import sample_seeds
-from lowvram.sampling.grids import make_grid
 from lowvram.settings import AutoencoderSettings, DiffusionSettings
-from lowvram.tasks import Task, codec, conditions, load_json, open_images
+from lowvram.tasks import codec, conditions, load_json, open_images
 from lowvram.tasks.codec import Codec
-from lowvram.tasks.warmup import Warmup
+from lowvram.tasks.latent import LATENT_OPTIONS, LatentTask
+from lowvram.tasks.step_size import StepSizes
 
 _CAPTIONS = "captions.txt"  # in the run's folder: some of the data set's, for samples without a prompt
 _KEPT_CAPTIONS = 1000
 _CLASSES = "classes.json"  # in the run's folder: their names, so that it can be sampled from without the data
-_GPU_SLICE = 8
 
 
-class DiffusionTask(Task):
+class DiffusionTask(LatentTask):
     """Networks `denoiser` and `denoiser_ema`; with text and no CLIP also `text` and `text_ema`."""
 
     settings: DiffusionSettings
@@ -64,8 +58,8 @@ class DiffusionTask(Task):
         self.schedule.check(loss.predict)
         self.scale, self.shift = 1.0, 0.0
         self._said: set[str] = set()  # words that no caption has
-        told = {"none": (), "class": ("classes", "guidance"), "text": ("prompts", "guidance")}[settings.condition]
-        self.sample_options = ("sampler", "steps", "spacing", "eta", "init", "strength", "mask", *told)
+        told = {"none": (), "class": ("classes", "guidance"), "text": ("prompts", "negative", "guidance")}
+        self.sample_options = (*LATENT_OPTIONS, *told[settings.condition])
 
     @classmethod
     def earlier(cls, settings: Any, folder: Path | None) -> AutoencoderSettings | None:
@@ -114,7 +108,7 @@ class DiffusionTask(Task):
             fused=True,
         )
         self.optimizers = {"denoiser": optimizer}
-        self.warmup = Warmup([optimizer], adam.warmup_kimg, settings.batch)
+        self.step_sizes = StepSizes([optimizer], adam, kimg=settings.kimg, batch=settings.batch)
         self.phases = [
             Phase(
                 name="denoiser",
@@ -171,7 +165,7 @@ class DiffusionTask(Task):
 
     def end_step(self, step: int) -> None:
         self._step = step
-        self.warmup.set(step)
+        self.step_sizes.set(step)
 
     def tensors(self) -> dict[str, Tensor]:
         return {"step": torch.tensor(getattr(self, "_step", 0))}
@@ -231,178 +225,35 @@ class DiffusionTask(Task):
         if self.settings.condition == "class":
             (folder / _CLASSES).write_text(json.dumps({"names": self.dataset().class_names}) + "\n", encoding="utf-8")
         if self.settings.condition == "text":
-            (folder / _CAPTIONS).write_text("\n".join(self._kept_captions()) + "\n", encoding="utf-8")
+            (folder / _CAPTIONS).write_text("\n".join(self.usual_prompts()) + "\n", encoding="utf-8")
 
     # Sampling.
 
-    def sample(
-        self,
-        n: int,
-        seed: int = 0,
-        *,
-        micro_batch: int | None = None,
-        start: int = 0,
-        init: Tensor | None = None,
-        mask: Tensor | None = None,
-        strength: float | None = None,
-        **options: Any,
-    ) -> Tensor:
-        """Images by the averaged denoiser.
+    def denoise(self, x: Tensor, time: Tensor, told: Mapping[str, Tensor]) -> Tensor:
+        out: Tensor = self.denoiser_ema(x, time, **told)
+        return out
 
-        prompts, classes: in turn, image i has the i-th; none: captions of the data set, all classes. sampler, steps,
-        spacing, guidance, eta: see `LatentSampler`; none: as the recipe says. init: uint8 [3, H, W], to make variations
-        of, by `strength` (0.6). mask: uint8 or bool [1, H, W] beside it, above half where the image is made anew.
+    def texts(self) -> nn.Module | None:
+        return self.text_ema
 
-        Raises:
-            LowVRAMError: an option that is not known or does not fit the run, or shapes that don't fit one another.
-        """
-        wishes = Wishes.of(options)
-        sampler = self._sampler(wishes, micro_batch)
-        seeds = sample_seeds(n, seed, start)
-        told = {"condition": self._told(wishes, n, start), "null": self._null(wishes)}
-        size = self.settings.latent_size
-        if init is None:
-            for name, value in (("mask", mask), ("strength", strength)):
-                if value is not None:
-                    raise LowVRAMError(f"{name} is given without an image to change.", "Give init as well.")
-            z = sampler.from_noise((self.settings.latent.channels, size, size), seeds, **told)
-            return self.codec.decode(z, self.device, sampler.micro_batch)
-        return self._changed(init, mask, strength, sampler, seeds, told)
-
-    def _changed(
-        self,
-        init: Tensor,
-        mask: Tensor | None,
-        strength: float | None,
-        sampler: LatentSampler,
-        seeds: Tensor,
-        told: dict[str, Any],
-    ) -> Tensor:
-        grain = self.settings.latent.factor * self.settings.grain
-        sides = init.shape[1:]
-        if init.dim() != 3 or len(init) != 3 or init.dtype != torch.uint8 or any(not s or s % grain for s in sides):
-            raise LowVRAMError(
-                f"init is {str(init.dtype).removeprefix('torch.')} {list(init.shape)}, not uint8 [3, H, W] with sides "
-                f"that are multiples of {grain}.",
-                "Convert, crop or resize it.",
-            )
-        with torch.no_grad(), on_device(self.codec.autoencoder, self.device):
-            moments = self.codec.encode(init[None], self.device)
-            z = self.codec.to_latents(moments).cpu().expand(len(seeds), -1, -1, -1)
-        if mask is None:
-            z = sampler.from_images(z, seeds, strength=0.6 if strength is None else strength, **told)
-            return self.codec.decode(z, self.device, sampler.micro_batch)
-        if mask.shape != (1, *init.shape[1:]):
-            raise LowVRAMError(
-                f"the mask is {list(mask.shape[1:])} and the image {list(init.shape[1:])} (height, width).",
-                "Give a mask of the size of the image.",
-            )
-        anew = mask.float() > (0.5 if mask.dtype == torch.bool else 127.5)  # [1, H, W]
-        # A latent pixel is made anew where any of its pixels is: those that stay are put back below.
-        in_latents = F.max_pool2d(anew[None].float(), self.settings.latent.factor)
-        z = sampler.inpaint(z, in_latents, seeds, strength=1.0 if strength is None else strength, **told)
-        return torch.where(anew, self.codec.decode(z, self.device, sampler.micro_batch), init)
-
-    def interpolate(
-        self,
-        seed: int = 0,
-        *,
-        keyframes: int = 8,
-        frames_per_keyframe: int = 30,
-        **options: Any,
-    ) -> Iterator[Tensor]:
-        """Walks between the noise of keyframes, and between prompts or classes where several are given."""
-        rows, cols = options.pop("rows", 1), options.pop("cols", 1)
-        micro_batch = options.pop("micro_batch", None)
-        wishes = Wishes.of(options)
-        sampler = self._sampler(wishes, micro_batch)
-        null, size = self._null(wishes), self.settings.latent_size
-        shape = (self.settings.latent.channels, size, size)
-        walks = []
-        for walk in range(rows * cols):
-            told = self._told(wishes, keyframes if len(wishes.given()) > 1 else 1, 0 if wishes.given() else walk)
-            seeds = sample_seeds(keyframes, seed, walk * keyframes)
-            walks.append(sampler.walk(shape, seeds, frames_per_keyframe=frames_per_keyframe, condition=told, null=null))
-
-        def frames() -> Iterator[Tensor]:
-            for latents in zip(*walks, strict=True):
-                images = self.codec.decode(torch.stack(latents), self.device, sampler.micro_batch)
-                yield make_grid(images, columns=cols)
-
-        return frames()
-
-    def _sampler(self, wishes: "Wishes", micro_batch: int | None) -> LatentSampler:
-        usual, guidance = self.settings.sampling, wishes.guidance
-        if guidance is None:
-            guidance = usual.guidance if self.condition.guidable else 1.0
-        if guidance != 1 and not self.condition.guidable:
-            raise LowVRAMError(
-                f"guidance={guidance:g}: this network was trained without a condition.", "Leave guidance out."
-            )
-
-        def network(x: Tensor, time: Tensor, told: Any) -> Tensor:
-            with self._precision():
-                out: Tensor = self.denoiser_ema(x, time, **told)
-            return out
-
-        return LatentSampler(
-            network=network,
-            schedule=self.schedule,
-            predict=self.predict,
-            steps=wishes.steps or usual.steps,
-            method=cast(Any, wishes.sampler or usual.sampler),
-            spacing=cast(Any, wishes.spacing or usual.spacing),
-            guidance=guidance,
-            eta=wishes.eta,
-            micro_batch=micro_batch or self._slice(),
-            device=self.device,
-        )
-
-    def _told(self, wishes: "Wishes", n: int, start: int) -> dict[str, Tensor]:
-        """The condition of images start ... start + n - 1."""
-        given = wishes.given()
-        kind = self.settings.condition
-        for name, values, of in (("prompts", wishes.prompts, "text"), ("classes", wishes.classes, "class")):
-            if values is not None and kind != of:
-                raise LowVRAMError(f"{name}={values}: this network was trained without {name}.", f"Leave {name} out.")
-        if kind == "class" and not given:
-            given = list(range(cast(conditions.Classes, self.condition).count))
-        if kind == "text" and not given:
-            given = self._kept_captions()
-        own = [given[i % len(given)] for i in range(start, start + n)] if given else []
-        if kind == "text" and wishes.prompts is not None and self.text_ema is not None:
-            self._say_unseen(wishes.prompts)
-        return self.condition.wanted(cast(Any, own), self.text_ema, cut=not wishes.given())
-
-    def _null(self, wishes: "Wishes") -> dict[str, Tensor]:
-        return self.condition.null(self.text_ema)
-
-    def _say_unseen(self, prompts: Sequence[str]) -> None:
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Say once which words no caption has, for an encoder that learned from those alone."""
+        if self.text_ema is None:
+            return
         unseen = [word for prompt in prompts for word in cast(Any, self.text_ema).unseen(prompt)]
         new = [word for word in dict.fromkeys(unseen) if word not in self._said]  # said once, not for each batch
         if new:
             self.say(f"no caption that this network learned from has {', '.join(new)}")
         self._said.update(new)
 
-    def _kept_captions(self) -> list[str]:
+    def usual_prompts(self) -> list[str]:
+        """Captions of the data set, which a run keeps some of."""
         if hasattr(self, "captions"):
             return list(islice((text for text in self.captions if text), _KEPT_CAPTIONS)) or [""]
         path = None if self.folder is None else self.folder / _CAPTIONS
         if path is None or not path.is_file():
             return [""]
         return path.read_text(encoding="utf-8").splitlines() or [""]
-
-    def _precision(self) -> AbstractContextManager[Any]:
-        if self.device.type != "cuda" or self.settings.precision == "fp32":
-            return nullcontext()
-        wanted = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.settings.precision)
-        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.autocast("cuda", dtype=wanted or (torch.bfloat16 if has_bf16 else torch.float16))
-
-    def _slice(self) -> int:
-        """Samples at a time, so that sampling stays below the memory of a training step."""
-        micro = self.settings.micro_batch.denoiser
-        return max(1, min(_GPU_SLICE if self.device.type == "cuda" else 64, (micro or self.settings.batch) // 2))
 
     # Construction.
 
@@ -453,31 +304,6 @@ class DiffusionTask(Task):
     def _text(self) -> nn.Module | None:
         network = self.condition.network()
         return None if network is None else network.to(self.device)
-
-
-@dataclass(kw_only=True)
-class Wishes:
-    """Options of sampling; None: as the recipe says."""
-
-    prompts: Sequence[str] | None = None
-    classes: Sequence[int] | None = None
-    sampler: str | None = None
-    steps: int | None = None
-    spacing: str | None = None
-    guidance: float | None = None
-    eta: float = 0.0
-
-    @classmethod
-    def of(cls, options: dict[str, Any]) -> "Wishes":
-        """Raises LowVRAMError for an option that is not known."""
-        for name in options:
-            if name not in cls.__dataclass_fields__:
-                raise LowVRAMError(f"{name} has no meaning for a diffusion model.", "Leave it out.")
-        return cls(**options)
-
-    def given(self) -> list[Any]:
-        """The prompts or classes that were named."""
-        return list(self.prompts or self.classes or [])
 
 
 TASK = DiffusionTask

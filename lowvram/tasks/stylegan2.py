@@ -18,10 +18,12 @@ from lowvram.ema import ExponentialMovingAverage
 from lowvram.errors import LowVRAMError
 from lowvram.models.augment import AugmentPipe, adapt
 from lowvram.models.stylegan2 import Discriminator, Generator, freeze_layers
+from lowvram.models.stylegan2_layers import FullyConnected
 from lowvram.objectives import adversarial
 from lowvram.phase import MicroBatch, Phase
 from lowvram.sampling import gan
 from lowvram.settings import Settings, StyleGAN2Settings
+from lowvram.settings.stylegan2 import PUBLISHED_MAPPING_LR
 from lowvram.tasks import Task
 from lowvram.weights import stylegan2 as weights
 
@@ -155,6 +157,10 @@ class StyleGAN2Task(Task):
                 continue
             if source is None:
                 self.say(f"weights={path} has no {name}, which starts from random weights")
+            elif isinstance(network, Generator):
+                _set_mapping_lr(network, PUBLISHED_MAPPING_LR)
+                weights.load(path, name, source, network)
+                _set_mapping_lr(network, self.settings.optimizer.mapping_lr)
             else:
                 weights.load(path, name, source, network)
 
@@ -304,14 +310,28 @@ class StyleGAN2Task(Task):
 
     def tensors(self) -> dict[str, Tensor]:
         steps = torch.tensor(self._real_sign_steps)
-        return {"path_length_mean": self.path_length_mean, "real_sign": self._real_sign, "real_sign_steps": steps}
+        return {
+            "path_length_mean": self.path_length_mean,
+            "real_sign": self._real_sign,
+            "real_sign_steps": steps,
+            "mapping_lr": torch.tensor(self.settings.optimizer.mapping_lr, dtype=torch.float64),
+        }
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        self._check_mapping_lr(float(tensors.get("mapping_lr", PUBLISHED_MAPPING_LR)))
         self.path_length_mean.copy_(tensors["path_length_mean"])
         self._real_sign.copy_(tensors["real_sign"])
         self._real_sign_steps = int(tensors["real_sign_steps"])
         if self.augment is not None:
             self.augment.set_probability(min(max(float(self.augment.p), 0.0), 1.0))
+
+    def _check_mapping_lr(self, was: float) -> None:
+        wanted = self.settings.optimizer.mapping_lr
+        if was != wanted:
+            raise LowVRAMError(
+                f"optimizer.mapping_lr={wanted}, and the run was begun with {was:g}, which its weights are stored for.",
+                f"Use optimizer.mapping_lr={was:g}; or begin a run with `weights` of what lowvram.convert makes of it.",
+            )
 
     def status(self) -> dict[str, float]:
         return {} if self.augment is None else {"augment_p": self.augment.probability()}
@@ -357,6 +377,7 @@ class StyleGAN2Task(Task):
             channel_max=model.channel_max,
             **self._precision(),
         )
+        _set_mapping_lr(network, self.settings.optimizer.mapping_lr)
         return network.to(self.device)
 
     def _precision(self) -> dict[str, Any]:
@@ -389,6 +410,24 @@ class StyleGAN2Task(Task):
         ratio = every / (every + 1) if every else 1.0
         betas = (settings.beta1**ratio, settings.beta2**ratio)
         return torch.optim.Adam(network.parameters(), lr=lr * ratio, betas=betas, eps=settings.eps, fused=True)
+
+
+@torch.no_grad()
+def _set_mapping_lr(network: Generator, lr: float) -> None:
+    """Let the mapping learn at `lr` times the step size of other layers; it computes the same as before.
+
+    Adam moves a number by the step size, however large its gradient: so the weights are stored 1 / lr too large, which
+    a gain makes up for (arXiv 1812.04948, appendix C). A group of parameters of its own would do too, but memory
+    policies take optimizers with one group.
+    """
+    for layer in network.mapping.children():
+        if isinstance(layer, FullyConnected) and layer is not getattr(network.mapping, "embed", None):
+            ratio = layer.bias_gain / lr
+            if ratio != 1:  # published weights stay as they are, bit for bit
+                layer.weight.mul_(ratio)
+                layer.bias.mul_(ratio)
+                layer.weight_gain /= ratio
+                layer.bias_gain = lr
 
 
 TASK = StyleGAN2Task

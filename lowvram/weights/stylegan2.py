@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lowvram.errors import LowVRAMError
 from lowvram.settings import StyleGAN2Settings
+from lowvram.settings.stylegan2 import PUBLISHED_MAPPING_LR
 from lowvram.weights import stylegan_pickle
 from lowvram.weights.stylegan_pickle import NAMES, PublishedNetwork
 
@@ -123,8 +124,14 @@ def write(path: Path, networks: Mapping[str, PublishedNetwork]) -> None:
 
 
 def published(settings: StyleGAN2Settings, name: str, state: Mapping[str, Tensor]) -> PublishedNetwork:
-    """A network of a run, "G", "D" or "G_ema", under the arguments that published files have for its shape."""
+    """A network of a run, "G", "D" or "G_ema", under the arguments that published files have for its shape.
+
+    A mapping that learned at another step size is stored for it, and scaled as in published files.
+    """
     model = settings.model
+    ratio = settings.optimizer.mapping_lr / PUBLISHED_MAPPING_LR
+    if name != "D" and ratio != 1:
+        state = {key: tensor * ratio if key.startswith("mapping.fc") else tensor for key, tensor in state.items()}
     embedding = state.get("mapping.embed.weight")
     sizes: dict[str, Any] = {"channel_base": model.channel_base, "channel_max": model.channel_max}
     sizes |= {"num_fp16_res": model.num_fp16_res, "conv_clamp": model.conv_clamp}

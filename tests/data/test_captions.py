@@ -14,7 +14,8 @@ from pictures import numbered
 
 from lowvram.data import captions as captions_file
 from lowvram.data import face_words, open_dataset, peeps
-from lowvram.data.captions import MAX_CAPTION_BYTES, caption, read_captions
+from lowvram.data.caption_variants import CaptionOptions, tags_of, variants_of
+from lowvram.data.captions import MAX_CAPTION_BYTES, Captions, caption, read_captions
 from lowvram.errors import LowVRAMError
 from lowvram.models.text import WordTokenizer
 
@@ -307,3 +308,90 @@ def test_no_bytes_get_through(tmp_path_factory, contents):
 def test_unknown_sources_and_settings():
     with pytest.raises(LowVRAMError, match="missing='none'"):
         read_captions(open_dataset(None, resolution=16, builtin_count=1), missing="none")
+
+
+# ---- a prompt for what has no caption
+
+
+def test_a_prompt_serves_the_images_that_have_no_caption(store, caplog):
+    alone = store({"1.png": numbered(1), "2.png": numbered(2)})
+    assert list(read_captions(alone, missing="error", prompt="a photo of sks dog")) == ["a photo of sks dog"] * 2
+    assert not caplog.text
+    images = store({"1.png": numbered(1), "1.txt": "one", "2.png": numbered(2), "3.png": numbered(3), "3.txt": b"\xff"})
+    texts = read_captions(images, prompt=" a photo  of sks dog ")
+    assert list(texts) == ["one", "a photo of sks dog", "a photo of sks dog"] and not texts.missing
+    assert "3.txt" in texts.bad[0] and "1 captions of" in caplog.text and "unconditionally" not in caplog.text
+
+
+def test_a_prompt_may_name_the_folder(store):
+    images = store({"10_sks dog/1.png": numbered(1), "cats/x/2.png": numbered(2), "3.png": numbered(3)})
+    texts = read_captions(images, prompt="a photo of {folder}")
+    assert dict(zip(images.files, texts, strict=True)) == {
+        "10_sks dog/1.png": "a photo of sks dog",
+        "3.png": "a photo of",
+        "cats/x/2.png": "a photo of x",
+    }
+
+
+def test_caption_files_count_where_there_is_no_txt(store):
+    files = {"1.png": numbered(1), "1.caption": "one", "2.png": numbered(2), "2.caption": "no", "2.txt": "two"}
+    assert list(read_captions(store(files))) == ["one", "two"]
+
+
+def test_sets_of_captions_join(store):
+    first = read_captions(store({"1.png": numbered(1), "1.txt": b"\xff", "2.png": numbered(2), "2.txt": "two"}))
+    both = Captions.joined(first, Captions(texts=("of the class",) * 2))
+    assert list(both) == ["", "two", "of the class", "of the class"] and both.bad == first.bad and both.missing == 1
+
+
+# ---- variants
+
+
+def test_captions_stay_as_they_are_unless_asked():
+    assert CaptionOptions().count == 1 and variants_of("a,b ,c", CaptionOptions()) == ["a,b ,c"]
+
+
+@pytest.mark.parametrize(
+    "prefix, suffix, expected",
+    [
+        ("photo of", "", "photo of a, b"),
+        ("sks,", "high quality", "sks, a, b high quality"),
+        (" x ", ", y", "x a, b, y"),
+    ],
+)
+def test_words_before_and_after(prefix, suffix, expected):
+    options = CaptionOptions(prefix=prefix, suffix=suffix)
+    assert variants_of("a, b", options) == [expected] and variants_of("", options) == [""]
+
+
+def test_tags_are_shuffled_behind_those_that_stay():
+    options = CaptionOptions(shuffle=True, keep=2, variants=20, prefix="p,")
+    drawn = variants_of("one, two ,three,,four, five six", options)
+    assert drawn == variants_of("one, two ,three,,four, five six", options) and len(drawn) == 20
+    assert all(text.startswith("p, one, two, ") for text in drawn)
+    assert all(sorted(tags_of(text)) == sorted(["p", "one", "two", "three", "four", "five six"]) for text in drawn)
+    assert len(set(drawn)) == 6  # 3! orders
+    assert variants_of("", options) == [""] * 20
+    assert len(variants_of("one", CaptionOptions(shuffle=True))) == 8
+
+
+def test_tags_are_dropped_as_often_as_asked():
+    options = CaptionOptions(tag_dropout=0.3, keep=1, variants=400)
+    drawn = [tags_of(text) for text in variants_of("a, b, c, d, e", options)]
+    assert all(tags[0] == "a" and tags == sorted(tags) for tags in drawn)
+    left = sum(len(tags) - 1 for tags in drawn) / (400 * 4)
+    assert 0.66 < left < 0.74
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"tag_dropout": 1.5}, "tag_dropout=1.5 is not within 0 to 1"),
+        ({"keep": -1}, "keep=-1 is below 0"),
+        ({"variants": 0}, "variants=0 is below 1"),
+        ({"shuffle": True, "variants": 1}, "variants=1 of captions whose tags are shuffled"),
+    ],
+)
+def test_options_that_mean_nothing(options, message):
+    with pytest.raises(LowVRAMError, match=message):
+        CaptionOptions(**options)

@@ -12,7 +12,7 @@ from lowvram.memory.stream_parts import Order, host_buffers
 @pytest.mark.parametrize("sizes", [[94, 94, 60, 30, 30, 5, 1, 0], [64], [1] * 9, [3, 0], [0], []])
 def test_buffers_share_memory_in_powers_of_two(sizes):
     sizes_bytes = {str(i): size * 512 for i, size in enumerate(sizes)}
-    buffers = host_buffers(sizes_bytes, pinned=False)
+    buffers = dict(host_buffers(sizes_bytes, pinned=False))
     assert {name: len(buffer) for name, buffer in buffers.items()} == sizes_bytes
     for index, buffer in enumerate(buffers.values()):
         buffer.fill_(index)

@@ -1,6 +1,7 @@
 """CLIP text encoders from folders, against transformers and the pipelines of diffusers, on tiny ones made here."""
 
 import builtins
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -8,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_clip import LENGTH, VOCABULARY, save_encoder, save_tokenizer
+from torch.utils.checkpoint import checkpoint
 
 from lowvram.errors import LowVRAMError
-from lowvram.models.clip_text import ClipText
+from lowvram.memory.blocks import find_blocks
+from lowvram.models.clip_text import ClipText, number_tokens
 
 transformers = pytest.importorskip("transformers")
 
@@ -131,6 +134,104 @@ def test_too_long_prompts_say_by_how_much(pair):
     torch.testing.assert_close(cut[2], whole[2])
     with pytest.raises(LowVRAMError, match="too_long='no'"):
         clip.encode(["a"], too_long="no")
+
+
+# ---- from parts
+
+
+def parts_of(folder: Path, *names: str):
+    """What `from_parts` takes, of the encoders of a folder; the weights by their published names."""
+    from safetensors.torch import load_file
+
+    def loading(name):
+        def load(module):
+            tensors = load_file(folder / name / "model.safetensors")
+            module.load_state_dict({n if "text_" in n else f"text_model.{n}": t for n, t in tensors.items()})
+
+        return load
+
+    encoders = [(json.loads((folder / name / "config.json").read_text()), loading(name)) for name in names]
+    return encoders, [folder / name.replace("text_encoder", "tokenizer") for name in names]
+
+
+def _load_into(state, module):
+    module.load_state_dict(state)
+
+
+def test_parts_give_what_their_folder_gives(pipeline, pair):
+    for folder, names in ((pipeline[0], ["text_encoder"]), (pair[0], ["text_encoder", "text_encoder_2"])):
+        whole, made = ClipText(folder), ClipText.from_parts(*parts_of(folder, *names))
+        for one, other in zip(made.encode(PROMPTS), whole.encode(PROMPTS), strict=True):
+            assert torch.equal(one, other)
+        assert (made.length, made.dim, made.pooled_dim) == (whole.length, whole.dim, whole.pooled_dim)
+        assert not made.train().training and not any(p.requires_grad for p in made.parameters())
+        for number, name in enumerate(names):
+            state = made.state(number)
+            assert all(key.startswith(("text_model.", "text_projection.")) for key in state)
+            again = {key: tensor.clone() for key, tensor in state.items()}
+            config, _ = parts_of(folder, name)[0][0]
+            load = functools.partial(_load_into, again)
+            copy = ClipText.from_parts([(config, load)], [folder / "tokenizer"])
+            assert all(torch.equal(copy.state(0)[key], tensor) for key, tensor in state.items())
+
+
+def test_an_encoder_alone_gives_its_share_of_the_context(pair):
+    folder = pair[0]
+    context = ClipText(folder).encode(PROMPTS)[0]
+    alone = [
+        ClipText.from_parts(*parts_of(folder, name), last_but_one=True).encode(PROMPTS)[0]
+        for name in ("text_encoder", "text_encoder_2")
+    ]
+    torch.testing.assert_close(torch.cat(alone, dim=-1), context)
+
+
+def test_layers_may_be_left_out_at_the_end(pipeline):
+    folder, model = pipeline
+    made = ClipText.from_parts(*parts_of(folder, "text_encoder"), skip=1)
+    ids, _ = number_tokens(made.tokenizers[0], PROMPTS, LENGTH)
+    with torch.no_grad():
+        hidden = model(ids, output_hidden_states=True).hidden_states[-2]
+        expected = getattr(model, "text_model", model).final_layer_norm(hidden)
+    torch.testing.assert_close(made.encode(PROMPTS)[0], expected)
+    with pytest.raises(LowVRAMError, match=r"skip=3 of an encoder of 3 layers[^\n]*\n.*0 to 2"):
+        ClipText.from_parts(*parts_of(folder, "text_encoder"), skip=3)
+
+
+def test_those_that_are_trained_have_gradients_blocks_and_dropout(pair):
+    made = ClipText.from_parts(*parts_of(pair[0], "text_encoder", "text_encoder_2"), trained=True)
+    assert made.train().encoders[0].training and not made.eval().training
+    blocks = find_blocks(made)
+    assert len(blocks) == 6 and all(type(block).__name__ == "CLIPEncoderLayer" for block in blocks.values())
+    ids = [number_tokens(tokenizer, PROMPTS, LENGTH)[0] for tokenizer in made.tokenizers]
+    context, pooled = made(*ids)
+    (context.sum() + pooled.sum()).backward()
+    assert all(block.mlp.fc1.weight.grad is not None for name, block in blocks.items() if name[-1] != "2")
+    kept = made.encoders[1].text_projection.weight.grad.clone()
+    made.zero_grad()
+    for block in blocks.values():  # recomputed, as a memory policy has it
+        forward = block.forward
+        block.forward = lambda *a, forward=forward, **k: checkpoint(forward, *a, use_reentrant=False, **k)
+    context, pooled = made(*ids)
+    (context.sum() + pooled.sum()).backward()
+    assert torch.equal(made.encoders[1].text_projection.weight.grad, kept)
+
+
+def test_parts_of_something_else(pipeline):
+    folder = pipeline[0]
+    (config, load), *_ = parts_of(folder, "text_encoder")[0]
+    tokenizer = [folder / "tokenizer"]
+    with pytest.raises(LowVRAMError, match="of type 't5', not a CLIP"):
+        ClipText.from_parts([(config | {"model_type": "t5"}, load)], tokenizer)
+    for wrong in ({"num_attention_heads": 3}, {"hidden_act": "no_such"}, {"hidden_size": "wide"}):
+        with pytest.raises(LowVRAMError, match="describes none that can be made"):
+            ClipText.from_parts([(config | wrong, load)], tokenizer)
+    with pytest.raises(LowVRAMError, match="holds no tokenizer"):
+        ClipText.from_parts([(config, load)], [folder])
+    with pytest.raises(LowVRAMError, match=f"has {VOCABULARY} tokens, the encoder 10"):
+        ClipText.from_parts([(config | {"vocab_size": 10}, None)], tokenizer)
+
+
+# ---- folders that lack something
 
 
 def without(folder: Path, *names: str):

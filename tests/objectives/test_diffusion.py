@@ -6,7 +6,7 @@ from torch import nn
 
 from lowvram.errors import LowVRAMError
 from lowvram.noise import Schedule
-from lowvram.objectives.diffusion import diffusion_loss
+from lowvram.objectives.diffusion import diffusion_loss, pixel_weights
 
 COMBINATIONS = [
     (Schedule.discrete(), "eps"),
@@ -132,3 +132,54 @@ def test_what_cannot_be_compared_is_refused():
         diffusion_loss(Seen(), x0, SEEDS, schedule=Schedule.discrete(zero_terminal_snr=True), predict="eps")
     with pytest.raises(LowVRAMError, match="min_snr_gamma"):
         diffusion_loss(Seen(), x0, SEEDS, schedule=Schedule.flow(), predict="flow", min_snr_gamma=5.0)
+
+
+def test_weights_choose_which_pixels_count():
+    x0, network = latents(), Seen()
+    args = {"schedule": Schedule.discrete(), "predict": "eps"}
+    plain = diffusion_loss(network, x0, SEEDS, **args)
+    s = args["schedule"].scalings(args["schedule"].sigma_at(network.time), "eps")
+    eps = (network.x_in - s.c_in[:, None, None, None] * x0) / (s.c_in * -s.c_out)[:, None, None, None]
+    error = (0.3 - eps).square()
+    masks = torch.zeros(6, 1, 6, 10)
+    masks[:, :, 2:4, 5:9] = 1
+    inside = diffusion_loss(network, x0, SEEDS, weights=masks, **args)
+    torch.testing.assert_close(inside, error[:, :, 2:4, 5:9].mean((1, 2, 3)), rtol=2e-3, atol=1e-4)
+    # The rest counts a quarter: 8 pixels of 1 and 52 of 1/4.
+    outside = diffusion_loss(network, x0, SEEDS, weights=1 - masks, **args)
+    mixed = diffusion_loss(network, x0, SEEDS, weights=pixel_weights(masks.half(), 0.25), **args)
+    torch.testing.assert_close(mixed, (8 * inside + 13 * outside) / 21)
+    assert not torch.allclose(inside, outside, rtol=1e-2)
+    for even in (1.0, 0.01):
+        weighed = diffusion_loss(network, x0, SEEDS, weights=torch.full_like(masks, even), **args)
+        torch.testing.assert_close(weighed, plain)
+
+
+def test_an_empty_mask_has_no_loss_and_no_gradient():
+    conv = nn.Conv2d(4, 4, 1)
+    masks = torch.ones(6, 1, 6, 10, dtype=torch.float16)
+    masks[1] = 0
+    loss = diffusion_loss(
+        lambda x, t: conv(x), latents(), SEEDS, schedule=Schedule.flow(), predict="flow", weights=masks
+    )
+    assert loss.dtype == torch.float32 and loss[1] == 0 and bool((loss[[0, 2, 3, 4, 5]] > 0).all())
+    loss[1].backward()
+    assert conv.weight.grad is not None and not conv.weight.grad.any()
+
+
+def test_sample_weights_multiply_the_losses():
+    args = {"schedule": Schedule.flow(), "predict": "flow"}
+    plain = diffusion_loss(Seen(), latents(), SEEDS, **args)
+    factors = torch.tensor([0, 1, 0.5, 2, 1, 1])
+    torch.testing.assert_close(
+        diffusion_loss(Seen(), latents(), SEEDS, sample_weights=factors, **args), plain * factors
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("weights", (6, 4, 6, 10)), ("weights", (6, 1, 10, 6)), ("weights", (6,)), ("sample_weights", (1,))],
+)
+def test_weights_of_another_shape_are_refused(name, shape):
+    with pytest.raises(LowVRAMError, match=name):
+        diffusion_loss(Seen(), latents(), SEEDS, schedule=Schedule.flow(), predict="flow", **{name: torch.ones(shape)})

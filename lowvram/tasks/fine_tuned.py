@@ -1,0 +1,228 @@
+"""What is trained of published weights: the UNet itself, low-rank weights inside it, or the embedding of a new word."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lowvram.adapters import lora, textual_inversion
+from lowvram.adapters.twin import Twin
+from lowvram.models.unet import UNet
+from lowvram.settings import StableDiffusionSettings
+from lowvram.tasks import published
+from lowvram.tasks.pipeline_text import PipelineText
+from lowvram.tasks.published import Source
+
+if TYPE_CHECKING:
+    from lowvram.models.clip_text import ClipText
+
+
+class FineTuned:
+    """A UNet, and for some the text encoders, as they are published; nothing is trained.
+
+    Attributes:
+        unet, text: on the host as they are made. text: None where the encoders' output is cached.
+        trained: networks that the update changes, by the names of their files. frozen: those that gradients go through.
+        averaged: what holds the averages of `trained`, by the same names with "_ema"; empty without `average`.
+    """
+
+    def __init__(self, settings: StableDiffusionSettings, pipeline: Source, text: PipelineText, device: torch.device):
+        self.settings, self.pipeline, self.condition, self.device = settings, pipeline, text, device
+        self.trained: dict[str, nn.Module] = {}
+        self.averaged: dict[str, nn.Module] = {}
+        self.frozen: tuple[nn.Module, ...] = ()
+        self.text: ClipText | None = None
+        self.unet = self._unet()
+
+    def _unet(self) -> UNet:
+        unet = published.unet(self.pipeline, dtype=published.base_dtype(self.settings, self.device))
+        return unet.requires_grad_(False)
+
+    def average(self) -> None:
+        """Make `averaged`, with the values of `trained`."""
+
+    @property
+    def sampled(self) -> UNet:
+        """The UNet to sample with, within `sampling`."""
+        return self.unet
+
+    @contextmanager
+    def sampling(self) -> Iterator[None]:
+        """What is trained has its average within, where there is one, and no dropout."""
+        yield
+
+    @property
+    def reader(self) -> "ClipText | None":
+        """The text encoders to sample with, within `sampling`."""
+        return self.text
+
+    def to(self, device: torch.device) -> None:
+        """Bring what sampling needs to the device, the UNet in 16 bits on a GPU."""
+        self.unet.to(device, published.base_dtype(self.settings, device))
+
+    def changed(self) -> dict[str, dict[str, Tensor]]:
+        """Weights that differ from the published ones, by part and folder name: what an export writes in their place.
+
+        Low-rank weights are merged for it: what they sit in is of no use for training after that.
+        """
+        return {}
+
+
+class Full(FineTuned):
+    """All of the UNet, and with `text.train` of the text encoders. Networks `denoiser` and `text`."""
+
+    def __init__(self, settings: StableDiffusionSettings, pipeline: Source, text: PipelineText, device: torch.device):
+        super().__init__(settings, pipeline, text, device)
+        self.trained = {"denoiser": self.unet}
+        if settings.text.train:
+            self.text = text.network()
+            assert self.text is not None
+            self.trained["text"] = self.text
+
+    def _unet(self) -> UNet:
+        narrow = self.settings.memory.weights_dtype.get("denoiser") == "bf16"
+        return published.unet(self.pipeline, dtype=torch.bfloat16 if narrow else torch.float32)
+
+    def average(self) -> None:
+        for name, network in self.trained.items():
+            averaged = copy.deepcopy(network).float().eval().requires_grad_(False)
+            self.averaged[f"{name}_ema"] = averaged
+
+    @property
+    def sampled(self) -> UNet:
+        averaged = self.averaged.get("denoiser_ema", self.unet)
+        assert isinstance(averaged, UNet)
+        return averaged
+
+    @property
+    def reader(self) -> "ClipText | None":
+        averaged: Any = self.averaged.get("text_ema", self.text)
+        return averaged  # type: ignore[no-any-return]
+
+    def to(self, device: torch.device) -> None:
+        narrow = published.base_dtype(self.settings, device)
+        for network in (self.averaged or self.trained).values():
+            network.to(device, narrow)
+
+    def changed(self) -> dict[str, dict[str, Tensor]]:
+        changed = {"unet": dict(self.sampled.state_dict())}
+        if self.reader is not None:
+            for number, part in enumerate(self.condition.parts):
+                changed[part] = self.reader.state(number)
+        return changed
+
+
+class Lora(FineTuned):
+    """Low-rank weights in the UNet, and with `text.train` in the text encoders. Networks `lora` and `text_lora`."""
+
+    def __init__(self, settings: StableDiffusionSettings, pipeline: Source, text: PipelineText, device: torch.device):
+        super().__init__(settings, pipeline, text, device)
+        self.twins: dict[str, Twin] = {}
+        self.adapters = {"lora": self._add(self.unet, settings.lora.targets)}
+        self.frozen = (self.unet,)
+        if settings.text.train:
+            self.text = text.network()
+            assert self.text is not None
+            self.adapters["text_lora"] = self._add(self.text, settings.lora.text_targets)
+            self.frozen = (self.unet, self.text)
+        self.trained = dict(self.adapters)
+
+    def _add(self, network: nn.Module, targets: list[str]) -> lora.Adapters:
+        said = self.settings.lora
+        return lora.add(
+            network, rank=said.rank, alpha=said.alpha, targets=targets, dropout=said.dropout, dora=said.dora
+        )
+
+    def _unet(self) -> UNet:
+        unet = super()._unet()
+        if self.settings.base == "nf4":
+            from lowvram.adapters import quantized  # with bitsandbytes, which few need
+
+            quantized.quantize(unet, "nf4", compute_dtype=published.compute_dtype(self.settings, self.device))
+        return unet
+
+    def average(self) -> None:
+        self.twins = {f"{name}_ema": adapters.twin() for name, adapters in self.adapters.items()}
+        self.averaged = dict(self.twins)
+
+    @contextmanager
+    def sampling(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for twin in self.twins.values():
+                stack.enter_context(twin.active())
+            for adapters in self.adapters.values():
+                stack.enter_context(_evaluating(adapters))
+            yield
+
+    def to(self, device: torch.device) -> None:
+        self.unet.to(device)
+        if self.text is not None:
+            self.text.to(device)
+        for twin in self.averaged.values():
+            twin.to(device)
+
+
+    def changed(self) -> dict[str, dict[str, Tensor]]:
+        with self.sampling():
+            for adapters in self.adapters.values():
+                adapters.merge(keep=False)
+        changed = {"unet": dict(self.unet.state_dict())}
+        if self.text is not None:
+            for number, part in enumerate(self.condition.parts):
+                changed[part] = self.text.state(number)
+        return changed
+
+
+class Inversion(FineTuned):
+    """The embedding of a new word in each text encoder. Network `embedding`."""
+
+    def __init__(self, settings: StableDiffusionSettings, pipeline: Source, text: PipelineText, device: torch.device):
+        super().__init__(settings, pipeline, text, device)
+        self.text = text.network()
+        assert self.text is not None
+        said = settings.embedding
+        word = textual_inversion.Word(token=said.token, vectors=said.vectors, begin=said.initial)
+        self.embeddings = textual_inversion.Embeddings(list(self.text.encoders), text.tokenizers, [word])
+        text.tokenizers = self.embeddings.tokenizers
+        self.trained = {"embedding": self.embeddings}
+        self.frozen = (self.unet, self.text)
+        self.twin: Twin | None = None
+
+    def average(self) -> None:
+        self.twin = self.embeddings.twin()
+        self.averaged = {"embedding_ema": self.twin}
+
+    @contextmanager
+    def sampling(self) -> Iterator[None]:
+        with self.twin.active() if self.twin is not None else nullcontext():
+            yield
+
+
+@contextmanager
+def _evaluating(network: nn.Module) -> Iterator[None]:
+    """Without dropout."""
+    training = network.training
+    network.eval()
+    try:
+        yield
+    finally:
+        network.train(training)
+
+
+_KINDS = {"full": Full, "lora": Lora, "textual_inversion": Inversion}
+
+
+def make(
+    settings: StableDiffusionSettings,
+    pipeline: Source,
+    text: PipelineText,
+    device: torch.device,
+    *,
+    untrained: bool = False,
+) -> FineTuned:
+    """What the recipe trains, with the published weights. untrained: nothing."""
+    kind = FineTuned if untrained else _KINDS[settings.train]
+    return kind(settings, pipeline, text, device)

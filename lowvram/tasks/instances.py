@@ -1,0 +1,124 @@
+"""The images that weights are fine-tuned on, and, for prior preservation, images of their class that the weights made.
+
+DreamBooth (arXiv 2208.12242, section 3.2): beside one's own few images the network trains on what it made of the class
+before, so that it keeps the class. Both have the same share of an epoch.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lowvram.bars import bar
+from lowvram.data import ImageSet
+from lowvram.data.bucketed import BucketedSet
+from lowvram.data.captions import Captions, read_captions
+from lowvram.data.latents import LatentSet
+from lowvram.data.repeated import JoinedSet, RepeatedSet, repeats_of_folders
+from lowvram.data.size_ids import size_ids
+from lowvram.errors import LowVRAMError
+from lowvram.sampling.grids import save_png
+from lowvram.settings import StableDiffusionSettings
+from lowvram.tasks import codec
+from lowvram.tasks.codec import Codec
+
+CLASS_IMAGES = "class_images"  # the folder within a run
+
+
+@dataclass(kw_only=True)
+class Instances:
+    """Images and captions in one order, which labels are indices of.
+
+    items: what batches are read from. images: the user's, as pictures. own: how many are the user's; those after are
+    of the class. size_ids: int64 [N, variants, 6].
+    """
+
+    items: ImageSet
+    images: ImageSet
+    captions: Sequence[str]
+    own: int
+    size_ids: NDArray[np.int64] | None
+
+
+def open_all(
+    settings: StableDiffusionSettings,
+    own: Codec,
+    device: torch.device,
+    folder: Path | None,
+    say: Callable[[str], None],
+) -> Instances:
+    """The recipe's images as latents, made where they are not kept, and their captions."""
+    latents = codec.latents(settings, own, device)
+    said = settings.text
+    latents.labels = np.arange(len(latents))
+    captions = read_captions(latents, missing=said.missing, prompt=said.prompt)
+    found = Instances(
+        items=latents,
+        images=latents.images,
+        captions=captions,
+        own=len(latents),
+        size_ids=_size_ids(settings, latents),
+    )
+    if isinstance(latents.images, BucketedSet):
+        say(latents.images.summary())
+    repeats = repeats_of_folders(latents)
+    if any(count != 1 for count in repeats):
+        found.items = RepeatedSet(found.items, repeats)
+    if settings.prior.prompt is None:
+        return found
+    made = class_settings(settings, folder)
+    of_class = codec.latents(made, own, device)
+    captions = Captions.joined(captions, read_captions(of_class, prompt=settings.prior.prompt))
+    return Instances(
+        items=JoinedSet(found.items, of_class),
+        images=found.images,
+        captions=captions,
+        own=found.own,
+        size_ids=None if found.size_ids is None else np.concatenate([found.size_ids, _size_ids(made, of_class)]),
+    )
+
+
+def _size_ids(settings: StableDiffusionSettings, latents: LatentSet) -> NDArray[np.int64] | None:
+    return size_ids(latents.images, variants=latents.variants) if settings.family == "sdxl" else None
+
+
+def class_settings(settings: StableDiffusionSettings, folder: Path | None) -> StableDiffusionSettings:
+    """The recipe on the images of the class."""
+    place = settings.prior.folder or (None if folder is None else str(folder / CLASS_IMAGES))
+    if place is None:
+        raise LowVRAMError("there is no run folder for the images of the class.", "Give prior.folder.")
+    data = replace(settings.data, path=place, max_images=settings.prior.images, masks=None, buckets=False)
+    return replace(settings, data=data)
+
+
+def make_class_images(
+    settings: StableDiffusionSettings,
+    folder: Path,
+    task: Callable[[], Any],
+    say: Callable[[str], None],
+) -> None:
+    """Sample the images of the class that are not there yet; a run that was interrupted goes on with the next.
+
+    task: makes what samples from the weights as they are.
+    """
+    place = Path(str(class_settings(settings, folder).data.path)).expanduser()
+    names = [f"{number:05d}.png" for number in range(settings.prior.images)]
+    there = {path.name for path in place.glob("*")} if place.is_dir() else set()
+    if len(there - {"captions.txt"}) >= settings.prior.images:
+        return
+    missing = [number for number, name in enumerate(names) if name not in there]
+    say(f"making {len(missing)} images of {settings.prior.prompt!r} in {place}, once")
+    sampler = task()
+    sampler.prepare_sampling()
+    place.mkdir(parents=True, exist_ok=True)
+    with bar(len(missing), "class images", "img") as progress:
+        for number in missing:
+            images = sampler.sample(1, seed=settings.seed, start=number, prompts=[settings.prior.prompt])
+            partial = place / f".{names[number]}.partial"
+            save_png(images[0], partial)
+            partial.replace(place / names[number])
+            progress.update()

@@ -1,0 +1,263 @@
+"""What tasks share that train a denoiser of an autoencoder's latents: the schedule, and sampling of all kinds."""
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lowvram.ema import on_device
+from lowvram.errors import LowVRAMError
+from lowvram.noise import Predict, Schedule
+from lowvram.sampling.diffusion import LatentSampler
+from lowvram.sampling.gan import sample_seeds
+from lowvram.sampling.grids import make_grid
+from lowvram.tasks import Task
+from lowvram.tasks.codec import Codec
+from lowvram.tasks.conditions import Classes, Condition
+
+_GPU_SLICE = 8
+
+
+LATENT_OPTIONS = ("sampler", "steps", "spacing", "eta", "size", "init", "strength", "mask")  # of sampling
+
+
+class LatentTask(Task):
+    """A denoiser, its schedule and condition, and the autoencoder of its latents.
+
+    Attributes:
+        condition: what the denoiser is told, of the kind `settings.condition` names: none, class or text.
+        schedule, predict: the noise levels, and what the network predicts.
+    """
+
+    settings: Any  # with the groups latent, sampling and micro_batch.denoiser, and condition, latent_size, grain
+    condition: Condition
+    schedule: Schedule
+    predict: Predict
+
+    @property
+    @abstractmethod
+    def codec(self) -> Codec:
+        """The autoencoder, on the host."""
+
+    @abstractmethod
+    def denoise(self, x: Tensor, time: Tensor, told: Mapping[str, Tensor]) -> Tensor:
+        """What the network that is sampled predicts of x [n, C, h, w] at time [n], told its condition."""
+
+    def texts(self) -> nn.Module | None:
+        """The network that reads prompts for sampling, where it is one that was trained."""
+        return None
+
+    def reading(self) -> AbstractContextManager[None]:
+        """What holds while prompts are read."""
+        return nullcontext()
+
+    def usual_prompts(self) -> list[str]:
+        """What samples show where no prompt is given."""
+        return [""]
+
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Say what is to be said of the prompts of a user."""
+
+    # Sampling.
+
+    def sample(
+        self,
+        n: int,
+        seed: int = 0,
+        *,
+        micro_batch: int | None = None,
+        start: int = 0,
+        init: Tensor | None = None,
+        mask: Tensor | None = None,
+        strength: float | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """Images by the averaged denoiser.
+
+        prompts, classes: in turn, image i has the i-th; none: captions of the data set, all classes. negative: what
+        guidance leads away from, in place of no text. size: width and height in pixels; none: the recipe's square.
+        sampler, steps, spacing, guidance, eta: see `LatentSampler`; none: as the recipe says. init: uint8 [3, H, W],
+        to make variations of, by `strength` (0.6). mask: uint8 or bool [1, H, W] beside it, above half where the image
+        is made anew.
+
+        Raises:
+            LowVRAMError: an option that is not known or does not fit the run, or shapes that don't fit one another.
+        """
+        wishes = Wishes.of(options)
+        sampler = self._sampler(wishes, micro_batch)
+        seeds = sample_seeds(n, seed, start)
+        told = {"condition": self._told(wishes, n, start), "null": self._null(wishes)}
+        shape = self._shape(wishes)
+        if init is None:
+            for name, value in (("mask", mask), ("strength", strength)):
+                if value is not None:
+                    raise LowVRAMError(f"{name} is given without an image to change.", "Give init as well.")
+            z = sampler.from_noise(shape, seeds, **told)
+            return self.codec.decode(z, self.device, sampler.micro_batch)
+        return self._changed(init, mask, strength, sampler, seeds, told)
+
+    def _changed(
+        self,
+        init: Tensor,
+        mask: Tensor | None,
+        strength: float | None,
+        sampler: LatentSampler,
+        seeds: Tensor,
+        told: dict[str, Any],
+    ) -> Tensor:
+        grain = self.settings.latent.factor * self.settings.grain
+        sides = init.shape[1:]
+        if init.dim() != 3 or len(init) != 3 or init.dtype != torch.uint8 or any(not s or s % grain for s in sides):
+            raise LowVRAMError(
+                f"init is {str(init.dtype).removeprefix('torch.')} {list(init.shape)}, not uint8 [3, H, W] with sides "
+                f"that are multiples of {grain}.",
+                "Convert, crop or resize it.",
+            )
+        with torch.no_grad(), on_device(self.codec.autoencoder, self.device):
+            moments = self.codec.encode(init[None], self.device)
+            z = self.codec.to_latents(moments).cpu().expand(len(seeds), -1, -1, -1)
+        if mask is None:
+            z = sampler.from_images(z, seeds, strength=0.6 if strength is None else strength, **told)
+            return self.codec.decode(z, self.device, sampler.micro_batch)
+        if mask.shape != (1, *init.shape[1:]):
+            raise LowVRAMError(
+                f"the mask is {list(mask.shape[1:])} and the image {list(init.shape[1:])} (height, width).",
+                "Give a mask of the size of the image.",
+            )
+        anew = mask.float() > (0.5 if mask.dtype == torch.bool else 127.5)  # [1, H, W]
+        # A latent pixel is made anew where any of its pixels is: those that stay are put back below.
+        in_latents = F.max_pool2d(anew[None].float(), self.settings.latent.factor)
+        z = sampler.inpaint(z, in_latents, seeds, strength=1.0 if strength is None else strength, **told)
+        return torch.where(anew, self.codec.decode(z, self.device, sampler.micro_batch), init)
+
+    def interpolate(
+        self,
+        seed: int = 0,
+        *,
+        keyframes: int = 8,
+        frames_per_keyframe: int = 30,
+        **options: Any,
+    ) -> Iterator[Tensor]:
+        """Walks between the noise of keyframes, and between prompts or classes where several are given."""
+        rows, cols = options.pop("rows", 1), options.pop("cols", 1)
+        micro_batch = options.pop("micro_batch", None)
+        wishes = Wishes.of(options)
+        sampler = self._sampler(wishes, micro_batch)
+        null, shape = self._null(wishes), self._shape(wishes)
+        walks = []
+        for walk in range(rows * cols):
+            told = self._told(wishes, keyframes if len(wishes.given()) > 1 else 1, 0 if wishes.given() else walk)
+            seeds = sample_seeds(keyframes, seed, walk * keyframes)
+            walks.append(sampler.walk(shape, seeds, frames_per_keyframe=frames_per_keyframe, condition=told, null=null))
+
+        def frames() -> Iterator[Tensor]:
+            for latents in zip(*walks, strict=True):
+                images = self.codec.decode(torch.stack(latents), self.device, sampler.micro_batch)
+                yield make_grid(images, columns=cols)
+
+        return frames()
+
+    def _shape(self, wishes: "Wishes") -> tuple[int, int, int]:
+        """Channels, height and width of a latent."""
+        latent, grain = self.settings.latent, self.settings.latent.factor * self.settings.grain
+        if wishes.size is None:
+            return latent.channels, self.settings.latent_size, self.settings.latent_size
+        width, height = wishes.size
+        if width % grain or height % grain or min(width, height) < grain:
+            raise LowVRAMError(
+                f"size={width}x{height} is not made of multiples of {grain}.",
+                f"Use {max(1, round(width / grain)) * grain}x{max(1, round(height / grain)) * grain}.",
+            )
+        return latent.channels, height // latent.factor, width // latent.factor
+
+    def _sampler(self, wishes: "Wishes", micro_batch: int | None) -> LatentSampler:
+        usual, guidance = self.settings.sampling, wishes.guidance
+        if guidance is None:
+            guidance = usual.guidance if self.condition.guidable else 1.0
+        if guidance != 1 and not self.condition.guidable:
+            raise LowVRAMError(
+                f"guidance={guidance:g}: this network was trained without a condition.", "Leave guidance out."
+            )
+
+        def network(x: Tensor, time: Tensor, told: Mapping[str, Tensor]) -> Tensor:
+            with self.sampling_precision():
+                return self.denoise(x, time, told)
+
+        return LatentSampler(
+            network=network,
+            schedule=self.schedule,
+            predict=self.predict,
+            steps=wishes.steps or usual.steps,
+            method=cast(Any, wishes.sampler or usual.sampler),
+            spacing=cast(Any, wishes.spacing or usual.spacing),
+            guidance=guidance,
+            eta=wishes.eta,
+            micro_batch=micro_batch or self._slice(),
+            device=self.device,
+        )
+
+    def _told(self, wishes: "Wishes", n: int, start: int) -> dict[str, Tensor]:
+        """The condition of images start ... start + n - 1."""
+        given = wishes.given()
+        kind = self.settings.condition
+        for name, values, of in (("prompts", wishes.prompts, "text"), ("classes", wishes.classes, "class")):
+            if values is not None and kind != of:
+                raise LowVRAMError(f"{name}={values}: this network was trained without {name}.", f"Leave {name} out.")
+        if kind == "class" and not given:
+            given = list(range(cast(Classes, self.condition).count))
+        if kind == "text" and not given:
+            given = self.usual_prompts()
+        own = [given[i % len(given)] for i in range(start, start + n)] if given else []
+        if wishes.prompts is not None:
+            self.check_prompts(wishes.prompts)
+        with self.reading():
+            return self.condition.wanted(cast(Any, own), self.texts(), cut=not wishes.given())
+
+    def _null(self, wishes: "Wishes") -> dict[str, Tensor]:
+        with self.reading():
+            return self.condition.null(self.texts(), wishes.negative)
+
+    def sampling_precision(self) -> AbstractContextManager[Any]:
+        """Autocast as the recipe's precision says, on a card."""
+        if self.device.type != "cuda" or self.settings.precision == "fp32":
+            return nullcontext()
+        wanted = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.settings.precision)
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.autocast("cuda", dtype=wanted or (torch.bfloat16 if has_bf16 else torch.float16))
+
+    def _slice(self) -> int:
+        """Samples at a time, so that sampling stays below the memory of a training step."""
+        micro = self.settings.micro_batch.denoiser
+        return max(1, min(_GPU_SLICE if self.device.type == "cuda" else 64, (micro or self.settings.batch) // 2))
+
+
+@dataclass(kw_only=True)
+class Wishes:
+    """Options of sampling; None: as the recipe says."""
+
+    prompts: Sequence[str] | None = None
+    classes: Sequence[int] | None = None
+    sampler: str | None = None
+    steps: int | None = None
+    spacing: str | None = None
+    guidance: float | None = None
+    negative: str | None = None
+    size: tuple[int, int] | None = None
+    eta: float = 0.0
+
+    @classmethod
+    def of(cls, options: dict[str, Any]) -> "Wishes":
+        """Raises LowVRAMError for an option that is not known."""
+        for name in options:
+            if name not in cls.__dataclass_fields__:
+                raise LowVRAMError(f"{name} has no meaning for a diffusion model.", "Leave it out.")
+        return cls(**options)
+
+    def given(self) -> list[Any]:
+        """The prompts or classes that were named."""
+        return list(self.prompts or self.classes or [])

@@ -1,0 +1,228 @@
+"""Fine-tuning of published Stable Diffusion: all of its UNet, low-rank weights inside it, or a new word for it."""
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lowvram import seeded, standin
+from lowvram.data import ImageSet
+from lowvram.ema import ExponentialMovingAverage
+from lowvram.models.autoencoder import sample_latents
+from lowvram.noise import Predict
+from lowvram.objectives.diffusion import diffusion_loss, pixel_weights
+from lowvram.phase import MicroBatch, Phase
+from lowvram.settings import Settings, StableDiffusionSettings
+from lowvram.tasks import codec, fine_tuned, instances, published
+from lowvram.tasks.codec import Codec
+from lowvram.tasks.latent import LATENT_OPTIONS, LatentTask
+from lowvram.tasks.step_size import StepSizes
+
+_CAPTIONS = "captions.txt"  # in the run's folder: some of the data set's, for samples without a prompt
+_KEPT_CAPTIONS = 1000
+
+
+class StableDiffusionTask(LatentTask):
+    """A UNet of published weights, with what is trained of it or in it (`tasks.fine_tuned`).
+
+    Networks are made on the host, and stay there until a policy places them or `prepare_sampling` is called: the card
+    may not hold them. Text encoders and autoencoder are on the device only while captions and images are encoded.
+    """
+
+    settings: StableDiffusionSettings
+
+    def __init__(
+        self,
+        settings: StableDiffusionSettings,
+        device: torch.device,
+        folder: Path | None = None,
+        *,
+        pipeline: published.Source | None = None,
+        untrained: bool = False,
+    ) -> None:
+        """pipeline: the weights, where they are open already. untrained: to sample from them as they are."""
+        super().__init__(settings, device, folder)
+        self.pipeline = published.source(settings) if pipeline is None else pipeline
+        self.schedule = published.schedule(
+            self.pipeline.config("scheduler"), zero_terminal_snr=bool(settings.loss.zero_terminal_snr)
+        )
+        self.predict = cast(Predict, settings.loss.predict)
+        self.schedule.check(self.predict)
+        self.condition = published.text(self.pipeline, settings, device)
+        self.tuned = fine_tuned.make(settings, self.pipeline, self.condition, device, untrained=untrained)
+        self.networks = dict(self.tuned.trained)
+        if settings.ema.enabled and not untrained:
+            self.tuned.average()
+            self.networks |= self.tuned.averaged
+        self.sampling_networks = tuple(self.tuned.averaged or self.tuned.trained)
+        self.sample_options = (*LATENT_OPTIONS, "prompts", "negative", "guidance")
+
+    @classmethod
+    def with_shape_of_weights(cls, settings: Settings) -> Settings:
+        assert isinstance(settings, StableDiffusionSettings)
+        return published.with_shape(settings)
+
+    @classmethod
+    def of_weights(cls, path: Path, device: torch.device, settings: StableDiffusionSettings) -> "StableDiffusionTask":
+        """A task that samples from published weights as they are."""
+        return cls(settings, device, untrained=True)
+
+    def load_weights(self, path: Path) -> None:
+        """They are loaded as the networks are made, for parts of them stay as they are."""
+
+    @classmethod
+    def prepare_data(cls, settings: Any, device: torch.device, folder: Path, say: Callable[[str], None]) -> None:
+        assert isinstance(settings, StableDiffusionSettings)
+        if settings.prior.prompt is not None:
+            instances.make_class_images(settings, folder, lambda: cls(settings, device, untrained=True), say)
+        path = codec.find(settings, folder)
+        own = None if path is None else codec.load(path, settings)
+        instances.open_all(settings, own or codec.of_pipeline(published.source(settings)), device, folder, say)
+
+    def prepare_training(self) -> None:
+        settings, adam = self.settings, self.settings.optimizer
+        trained = tuple(self.tuned.trained.values())
+        for network in trained:
+            network.requires_grad_(False)
+        optimizer = torch.optim.AdamW(
+            [p for network in trained for p in network.parameters()],
+            lr=adam.lr,
+            betas=(adam.beta1, adam.beta2),
+            eps=adam.eps,
+            weight_decay=adam.weight_decay,
+            fused=True,
+        )
+        self.optimizers = {"denoiser": optimizer}
+        self.step_sizes = StepSizes([optimizer], adam, kimg=settings.kimg, batch=settings.batch)
+        self.phases = [
+            Phase(
+                name="denoiser",
+                networks=trained,
+                frozen=self.tuned.frozen,
+                optimizer=optimizer,
+                loss=self._loss,
+                samples=settings.batch,
+                micro_batch=settings.micro_batch.denoiser,
+                clip_norm=adam.clip_norm,
+            )
+        ]
+        ema = settings.ema
+        self.averages = [
+            ExponentialMovingAverage(
+                self.tuned.trained[name.removesuffix("_ema")],
+                target,
+                half_life_kimg=ema.half_life_kimg,
+                rampup=ema.rampup,
+            )
+            for name, target in self.tuned.averaged.items()
+        ]
+        if self.folder is not None and not standin.active():
+            self.condition.read(self.instances.captions, self.say)
+            if self.instances.size_ids is not None:
+                self.condition.take_sizes(self.instances.size_ids)
+
+    def _loss(self, micro: MicroBatch) -> Tensor:
+        """The squared error of what the UNet predicts, on latents drawn from the autoencoder's distribution."""
+        settings, channels = self.settings, self.settings.latent.channels
+        moments = micro.images.to(self.device)  # [b, 2 C or, with a mask, 2 C + 1, h, w]
+        noise = seeded.randn(micro.seeds, channels, *moments.shape[2:], stream="latent", device=self.device)
+        autoencoder = self.codec.autoencoder
+        x0 = (sample_latents(moments[:, : 2 * channels], noise) - autoencoder.shift_factor) * autoencoder.scaling_factor
+        told = self.condition.training(micro.labels, micro.seeds, self.tuned.text)
+        mask = moments[:, 2 * channels :]
+        losses = diffusion_loss(
+            lambda x, time: self.tuned.unet(x, time, **told),
+            x0,
+            micro.seeds,
+            schedule=self.schedule,
+            predict=self.predict,
+            min_snr_gamma=settings.loss.min_snr_gamma,
+            offset_noise=settings.loss.offset_noise,
+            weights=pixel_weights(mask, settings.loss.unmasked_weight) if mask.shape[1] else None,
+            sample_weights=self._sample_weights(micro.labels),
+        )
+        return losses.mean()
+
+    def _sample_weights(self, labels: Tensor) -> Tensor | None:
+        if self.settings.prior.prompt is None or standin.active():
+            return None
+        of_class = labels >= self.instances.own
+        return torch.where(of_class, self.settings.prior.weight, 1.0)
+
+    def end_step(self, step: int) -> None:
+        self._step = step
+        self.step_sizes.set(step)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"step": torch.tensor(getattr(self, "_step", 0))}
+
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        self.end_step(int(tensors["step"]))
+
+    # Data.
+
+    @property
+    def codec(self) -> Codec:
+        """The autoencoder, on the host; in a plan a new one each time, whose memory is part of sampling's."""
+        return codec.of_pipeline(self.pipeline) if standin.active() else self._codec
+
+    @cached_property
+    def _codec(self) -> Codec:
+        path = codec.find(self.settings, self.folder)
+        return codec.of_pipeline(self.pipeline) if path is None else codec.load(path, self.settings)
+
+    @cached_property
+    def instances(self) -> instances.Instances:
+        """The images, as latents, and their captions."""
+        return instances.open_all(self.settings, self.codec, self.device, self.folder, self.say)
+
+    def items(self) -> ImageSet:
+        return self.instances.items
+
+    def dataset(self) -> ImageSet:
+        return self.instances.images
+
+    def example(self, n: int) -> Tensor:
+        size, channels = self.settings.latent_size, 2 * self.settings.latent.channels
+        channels += self.settings.data.masks is not None
+        moments = torch.empty(n, channels, size, size, dtype=torch.float16, device=self.device)
+        return moments if standin.active() else moments.normal_()
+
+    def write_beside(self, folder: Path) -> None:
+        codec.write_beside(self.codec, folder)
+        (folder / _CAPTIONS).write_text("\n".join(self.usual_prompts()) + "\n", encoding="utf-8")
+
+    # Sampling.
+
+    def prepare_sampling(self) -> None:
+        self.tuned.to(self.device)
+
+    def denoise(self, x: Tensor, time: Tensor, told: Mapping[str, Tensor]) -> Tensor:
+        with self.tuned.sampling():
+            out: Tensor = self.tuned.sampled(x, time, **told)
+        return out
+
+    def texts(self) -> nn.Module | None:
+        return self.tuned.reader
+
+    def reading(self) -> AbstractContextManager[None]:
+        return self.tuned.sampling()
+
+    def usual_prompts(self) -> list[str]:
+        """The recipe's prompts, or else captions of the data set, which a run keeps some of."""
+        if self.settings.sampling.prompts:
+            return list(self.settings.sampling.prompts)
+        path = None if self.folder is None else self.folder / _CAPTIONS
+        if path is not None and path.is_file():
+            return path.read_text(encoding="utf-8").splitlines() or [""]
+        if standin.active() or "instances" not in self.__dict__:
+            return [""]
+        return list(islice((text for text in self.instances.captions if text), _KEPT_CAPTIONS)) or [""]
+
+
+TASK = StableDiffusionTask
