@@ -1,16 +1,17 @@
 """Does a published StyleGAN2 move towards a new style from a few pictures, and sooner than from nothing?
 
-    python -m benchmarks.transfer [--out FOLDER] [--style sketch|negative] [--images 60] [--pretrain-kimg 8] [--kimg 1]
-        [--freeze-d 4] [--generated 512] [setting=value ...]
+    python -m benchmarks.transfer [--out FOLDER] [--style negative|sketch] [--images 60] [--pretrain-kimg 6] [--kimg 2]
+        [--weights FILE] [--freeze-d 4] [--generated 512] [setting=value ...]
 
 A generator learns the built-in faces (recipe faces32) and is written as a file of weights. From it, FreezeD fine-tunes
 on a few faces in another style; beside it the same recipe begins with random weights. Then samples of the generator
 before, of the fine-tuned and of the other one are compared with faces in that style that none of them was shown
 (sliced Wasserstein and Frechet distance; the floor is that between two halves of these). Settings go to all trainings.
+--weights takes what an earlier run wrote, weights.safetensors, in place of the first training.
 
 FOLDER (outputs/benchmarks/transfer) gets transfer.json, of the schema of benchmarks.record, a grid of samples of each
 generator, the pictures and the weights. The command fails where the fine-tuned generator is not the nearest by both.
-On a CPU it takes a few minutes.
+On a quiet CPU it takes some ten minutes.
 """
 
 import argparse
@@ -66,10 +67,11 @@ class Options:
     """What the command was asked for."""
 
     out: Path
-    style: str = "sketch"
+    style: str = "negative"
     images: int = 60
-    pretrain_kimg: float = 8
-    kimg: float = 1
+    pretrain_kimg: float = 6
+    kimg: float = 2
+    weights: Path | None = None
     freeze_d: int = 4
     generated: int = 512
     metrics: tuple[str, ...] = ("swd", "frechet")
@@ -135,11 +137,13 @@ def run(options: Options) -> list[dict[str, Any]]:
     if options.style not in STYLES:
         raise LowVRAMError(f"style={options.style} is not known.", f"Use one of {', '.join(STYLES)}.")
     pretraining, few, unseen = prepare(options)
-    trainer, pretraining_seconds = train(pretraining)
-    file = options.out / "weights.safetensors"
-    write_weights(trainer, file)
+    file, seconds = options.weights, {"before": 0.0}
+    if file is None:
+        file = options.out / "weights.safetensors"
+        trainer, seconds["before"] = train(pretraining)
+        write_weights(trainer, file)
+        del trainer
     found = {"before": measure(load_weights(file, device=pretraining.device), unseen, options, "before")}
-    seconds = {"before": pretraining_seconds}
     # With so few pictures the discriminator soon knows them by heart: augmented, as ADA is for.
     words = [f"kimg={options.kimg}", f"data.path={few}", "augment.mode=ada", "augment.p=0.2", "augment.adjust_kimg=20"]
     trainings = {"transfer": [f"weights={file}", f"freeze_d={options.freeze_d}"], "scratch": []}
@@ -152,7 +156,7 @@ def run(options: Options) -> list[dict[str, Any]]:
         "style": options.style,
         "images": options.images,
         "freeze_d": options.freeze_d,
-        "pretrain_kimg": options.pretrain_kimg,
+        "pretrain_kimg": None if options.weights else options.pretrain_kimg,
         "generated": options.generated,
     }
     return [
@@ -196,6 +200,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--images", type=int, default=usual.images, help="that are learned from")
     parser.add_argument("--pretrain-kimg", type=float, default=usual.pretrain_kimg, help="of built-in faces")
     parser.add_argument("--kimg", type=float, default=usual.kimg, help="of the fine-tuning, and of that from nothing")
+    parser.add_argument("--weights", type=Path, help="to begin with, in place of the first training")
     parser.add_argument("--freeze-d", type=int, default=usual.freeze_d, help="layers of D that stay")
     parser.add_argument("--generated", type=int, default=usual.generated, help="images that are compared")
     parser.add_argument("--metrics", default=",".join(usual.metrics), help="of lowvram.evaluate, separated by commas")

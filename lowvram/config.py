@@ -35,9 +35,10 @@ _Options = TypeVar("_Options")
 
 
 def recipe_names() -> list[str]:
-    """The built-in recipes, smallest resolution first."""
+    """The built-in recipes, smallest resolution first, then those that fine-tune."""
     return sorted(
-        (p.stem for p in (_CONF / "recipe").glob("*.yaml")), key=lambda n: (int(re.sub(r"\D", "", n) or 0), n)
+        (p.stem for p in (_CONF / "recipe").glob("*.yaml")),
+        key=lambda n: (n.startswith("sd"), int(re.sub(r"\D", "", n) or 10**6), n),
     )
 
 

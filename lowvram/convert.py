@@ -4,13 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from lowvram.config import command
 from lowvram.errors import LowVRAMError
-
-if TYPE_CHECKING:
-    from lowvram.tasks.stable_diffusion import StableDiffusionTask
 
 FORMATS = ("diffusers", "single_file", "lora", "embedding", "stylegan")
 DTYPES = ("fp32", "fp16", "bf16")
@@ -91,10 +87,15 @@ def _stylegan(options: ConvertOptions, out: Path) -> str:
 
 
 def _stable_diffusion(options: ConvertOptions, out: Path) -> str:
-    from lowvram.tasks import load_run, load_weights
+    from lowvram.tasks import adapted, export, load_run, load_weights
     from lowvram.tasks.stable_diffusion import StableDiffusionTask
+    from lowvram.weights.pipeline import open_pipeline
 
+    dtype = None if options.dtype is None else export.DTYPES[options.dtype]
     if options.weights is not None:
+        path = Path(options.weights).expanduser()
+        if options.base is None and adapted.kind_of(path) == "pipeline" and options.to in ("diffusers", "single_file"):
+            return export.write_pipeline(open_pipeline(path), out, options.to, {}, dtype)  # no network is made
         task = load_weights(options.weights, device="cpu", base=options.base)
     else:
         task = load_run(options.run or "", checkpoint=options.checkpoint, device="cpu", base=options.base)
@@ -104,19 +105,7 @@ def _stable_diffusion(options: ConvertOptions, out: Path) -> str:
             "Diffusion.",
             "StyleGAN2 has to=stylegan.",
         )
-    return _exported(task, options, out)
-
-
-def _exported(task: StableDiffusionTask, options: ConvertOptions, out: Path) -> str:
-    from lowvram.tasks import export
-
-    write = {
-        "diffusers": export.write_folder,
-        "single_file": export.write_single_file,
-        "lora": export.write_lora,
-        "embedding": export.write_embedding,
-    }[options.to]
-    return write(task, out, dtype=options.dtype, layout=options.layout)
+    return export.write(task, out, to=options.to, dtype=dtype, layout=options.layout)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -33,8 +34,14 @@ class SampleOptions:
 
     run: str | None = field(default=None, metadata=_help("the run folder that training wrote"))
     weights: str | None = field(
-        default=None, metadata=_help("in place of run: a published StyleGAN2 (.pkl), or what lowvram.convert wrote")
+        default=None,
+        metadata=_help("in place of run: published weights, or what convert wrote; several, with |"),
     )
+    base: str | None = field(
+        default=None, metadata=_help("Stable Diffusion: the weights that a LoRA, a word or a run stands on")
+    )
+    scale: float = field(default=1.0, metadata=_help("Stable Diffusion: how much a LoRA counts"))
+    vram: str | None = field(default=None, metadata=_help("memory of the card, such as 6GB (what the card has)"))
     n: int | None = field(default=None, metadata=_help("images (16); with interpolate, walks side by side"))
     seed: int = field(default=0, metadata=_help("image i depends on the seed and i alone"))
     out: str | None = field(default=None, metadata=_help("folder to write to (samples in RUN or in outputs/WEIGHTS)"))
@@ -43,6 +50,8 @@ class SampleOptions:
     )
     noise: str | None = field(default=None, metadata=_help("StyleGAN2: const, random or none"))
     prompt: str | None = field(default=None, metadata=_help("text; several, in turn, with | between them"))
+    negative: str | None = field(default=None, metadata=_help("text that guidance leads away from"))
+    size: str | None = field(default=None, metadata=_help("diffusion: width x height, such as 768x512"))
     classes: str | None = field(default=None, metadata=_help("numbers or names, such as 3 or red,blue (all in turn)"))
     steps: int | None = field(default=None, metadata=_help("diffusion: of the sampler (as the recipe says)"))
     sampler: str | None = field(
@@ -87,20 +96,50 @@ def main(options: SampleOptions) -> None:
     from lowvram.tasks import load_run, load_weights
 
     _check_out(options.out)
-    if options.weights is not None:
-        run = Path("outputs") / Path(options.weights).stem
-        task = load_weights(options.weights, device=options.device)
-    else:
-        run = Path(options.run or "").expanduser()
-        task = load_run(run, checkpoint=options.checkpoint, device=options.device)
+    with ExitStack() as stack:
+        place = _place(options, stack)
+        if options.weights is not None:
+            run = Path("outputs") / Path(options.weights.split("|")[0]).stem
+            task = load_weights(
+                options.weights, device=options.device, base=options.base, scale=options.scale, place=place
+            )
+        else:
+            run = Path(options.run or "").expanduser()
+            task = load_run(run, checkpoint=options.checkpoint, device=options.device, base=options.base, place=place)
+        path = _written(options, task, run)
+    print(f"lowvram: wrote {path}")
+
+
+def _place(options: SampleOptions, stack: ExitStack) -> Callable[[Any, Any], None]:
+    """Cap the card; what brings networks there, whole if that leaves room, else block by block.
+
+    stack: what they need is held until it closes.
+    """
+    from lowvram.memory.guard import cap
+    from lowvram.memory.sampling import place_within
+    from lowvram.settings import parse_bytes
+    from lowvram.tasks import pick_device
+
+    vram_bytes = None if options.vram is None else parse_bytes("vram", options.vram)
+    capped = cap(vram_bytes, pick_device(options.device))
+    for message in capped.messages:
+        print(f"lowvram: {message}")
+
+    def place(network: Any, device: Any) -> None:
+        place_within(capped, network, device, stack)
+
+    return place
+
+
+def _written(options: SampleOptions, task: Any, run: Path) -> str:
     chosen = named_options(options, task)
+    write = animate if options.interpolate else images
     try:
-        path = animate(options, task, run, chosen) if options.interpolate else images(options, task, run, chosen)
+        return write(options, task, run, chosen)
     except OSError as error:
         raise LowVRAMError(
             f"the samples can't be written: {error}", "Free some space, or choose another out=FOLDER."
         ) from error
-    print(f"lowvram: wrote {path}")
 
 
 def named_options(options: SampleOptions, task: Any) -> dict[str, Any]:
@@ -111,7 +150,7 @@ def named_options(options: SampleOptions, task: Any) -> dict[str, Any]:
     """
     names = {"truncation": "truncation_psi", "noise": "noise_mode", "prompt": "prompts"}
     asked: tuple[str, ...] = ("truncation", "noise", "prompt", "classes", "steps", "sampler", "spacing", "guidance")
-    asked += ("init", "strength", "mask")
+    asked += ("negative", "size", "init", "strength", "mask")
     chosen = {name: getattr(options, name) for name in asked}
     chosen = {name: value for name, value in chosen.items() if value is not None}
     for name in chosen:
@@ -124,8 +163,17 @@ def named_options(options: SampleOptions, task: Any) -> dict[str, Any]:
         chosen["classes"] = pick_classes(options.classes, task)
     if options.prompt is not None:
         chosen["prompt"] = [text.strip() for text in options.prompt.split("|")]
+    if options.size is not None:
+        chosen["size"] = _parsed_size(options.size)
     chosen |= _pictures(options, task)
     return {names.get(name, name): value for name, value in chosen.items()}
+
+
+def _parsed_size(text: str) -> tuple[int, int]:
+    width, by, height = text.lower().partition("x")
+    if not by or not width.strip().isdigit() or not height.strip().isdigit():
+        raise LowVRAMError(f"size={text} is no size.", "Write width x height, such as size=768x512.")
+    return int(width), int(height)
 
 
 def _pictures(options: SampleOptions, task: Any) -> dict[str, Any]:

@@ -313,7 +313,7 @@ class Trainer:
         sizes = ", ".join(
             f"{name} {sum(p.numel() for p in network.parameters()) / 1e6:.2f} M"
             for name, network in self.task.networks.items()
-            if any(True for _ in network.parameters()) and name not in self.task.sampling_networks
+            if any(network is trained for phase in self.task.phases for trained in phase.networks)
         )
         self.progress.say(f"{sizes} parameters on {self.device}; run folder {self.run.folder}")
         if self.images_seen == 0 and self.rank == 0:

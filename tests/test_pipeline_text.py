@@ -10,6 +10,9 @@ import torch
 from lowvram import standin
 from lowvram.data.caption_variants import CaptionOptions, variants_of
 from lowvram.errors import LowVRAMError
+from lowvram.memory.apply import apply
+from lowvram.memory.policy import MemoryPolicy, OptimizerPolicy, PhasePolicy
+from lowvram.phase import Phase
 from lowvram.tasks.pipeline_text import PipelineText
 from lowvram.weights.pipeline import open_pipeline
 from lowvram.weights.pipeline_writer import write_single_file
@@ -122,6 +125,7 @@ def test_a_single_file_gives_the_same(family, make, folders, tmp_path):
 
 def test_random_weights_of_the_published_shape(cache):
     pipeline = RandomPipeline("sd1")
+    pipeline._configs["text_encoder"] |= {"num_hidden_layers": 2, "intermediate_size": 64}  # the widths alone
     condition = PipelineText(pipeline, CPU)
     assert (condition.dim, condition.length, condition.parts) == (768, 77, ("text_encoder",))
     told = condition.wanted(["a photo of a cat"], None)
@@ -167,6 +171,11 @@ def test_what_is_kept_is_read_back_and_made_anew_for_other_settings(make, cache,
     assert again.pipeline.loads == []
     second = again.training(torch.arange(4), SEEDS, None)
     assert all(torch.equal(first[name], second[name]) for name in first)
+    (kept,) = cache.rglob("*.safetensors")
+    kept.write_bytes(kept.read_bytes()[:-1])
+    mended = make("sdxl", kept_dtype=torch.float16)
+    mended.read(CAPTIONS, print)
+    assert torch.equal(mended.training(torch.arange(4), SEEDS, None)["context"], first["context"])
     exact = make("sdxl")
     exact.read(CAPTIONS, print)
     torch.testing.assert_close(
@@ -312,3 +321,46 @@ def test_weights_that_overflow_are_found_out(make):
         condition.read(CAPTIONS, print)
     with pytest.raises(LowVRAMError, match="skip=2 of an encoder of 3 layers"):
         make("sdxl", skip=2).wanted(["a"], None)
+
+
+POLICIES = {
+    "recompute": {"phases": {"text": PhasePolicy(activations="recompute")}},
+    "offload": {"phases": {"text": PhasePolicy(activations="offload")}},
+    "streamed": {"optimizers": {"text": OptimizerPolicy(weights="stream", update="deferred")}},
+}
+
+
+def trained(make, **policy):
+    """The weights after two steps of training both encoders of SDXL under a memory policy."""
+    condition = make("sdxl", live=True, dropout=0.25)
+    network = condition.network().requires_grad_(False)
+    condition.read(CAPTIONS, print)
+
+    def loss(micro):
+        told = condition.training(micro.labels, micro.seeds, network)
+        return told["context"].square().mean() + told["pooled"].square().mean()
+
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, eps=1e-4)
+    phase = Phase(name="text", networks=(network,), optimizer=optimizer, loss=loss, samples=4)
+    applied = apply(MemoryPolicy(**policy), [phase], device="cpu", seed=0)
+    for step in range(2):
+        positions = torch.arange(4) + 4 * step
+        with applied.running(phase):
+            parts = phase.micro_batches(torch.zeros(4, 1), torch.arange(4), positions, 4 * step, 0)
+            found, _ = applied.accumulate(phase, parts)
+        applied.update(phase, found)
+    applied.settle()
+    return {name: tensor.clone() for name, tensor in applied.full_state(network).items()}
+
+
+@pytest.fixture(scope="module")
+def plainly_trained(folders):
+    return trained(lambda family, **options: PipelineText(opened(folders[family]), CPU, **options))
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_encoders_train_the_same_under_memory_policies(policy, make, plainly_trained):
+    other = trained(make, **POLICIES[policy])
+    assert all(torch.equal(other[name], tensor) for name, tensor in plainly_trained.items())
+    before = make("sdxl", live=True).network().state_dict()
+    assert any(not torch.equal(before[name], tensor) for name, tensor in plainly_trained.items())

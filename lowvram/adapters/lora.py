@@ -232,9 +232,11 @@ def add_to(
         LowVRAMError: peft is missing, or the name is taken.
     """
     peft = _peft()
-    if any(name in module.lora_A for module in network.modules() if isinstance(module, peft.tuners.lora.LoraLayer)):
+    held: list[Any] = [module for module in network.modules() if isinstance(module, peft.tuners.lora.LoraLayer)]
+    if any(name in layer.lora_A for layer in held):
         raise LowVRAMError(f"the network has adapters named {name!r} already.", "Give these another name.")
     trained = {parameter for parameter in _adapter_parameters(network) if parameter.requires_grad}
+    active = {layer: list(layer.active_adapters) for layer in held}  # peft turns them off
 
     def by_rank(path: str) -> tuple[int, float]:
         return ranks[path].rank, ranks[path].alpha
@@ -251,6 +253,8 @@ def add_to(
             peft.inject_adapter_in_model(config, network, adapter_name=name)
         network.__dict__.pop("peft_config", None)  # peft's note on what it did last
     layers: dict[str, Any] = {path: network.get_submodule(path) for path in ranks}
+    for layer, names in active.items():
+        layer.set_adapter(names)
     for layer in layers.values():
         _fill(layer, name)
         layer._cast_input_dtype = _cast_input

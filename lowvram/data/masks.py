@@ -149,10 +149,12 @@ def open_masks(images: ImageSet, source: str | Path) -> Masks:
         LowVRAMError: the images are no files; there are no masks, none that belongs to an image, or several that
             belong to one; or the masks lie among the images.
     """
-    while isinstance(images, DerivedSet):
+    while isinstance(images, DerivedSet) and len(images) == len(images.images):
         images = images.images
     if not isinstance(images, FileSet):
-        raise LowVRAMError(f"data.masks={source} is for images in files, and {images.name} are drawn.", "Leave it out.")
+        raise LowVRAMError(
+            f"data.masks={source} is for images in a folder or zip, and {images.name} are not.", "Leave it out."
+        )
     if str(source) == ALPHA:
         return _AlphaMasks(images)
     place = Path(source).expanduser().absolute()

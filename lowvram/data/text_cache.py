@@ -66,6 +66,15 @@ def write_rows(
             partial.unlink(missing_ok=True)
 
 
+def is_whole(path: Path) -> bool:
+    """Whether a file is there, and no shorter or longer than it says."""
+    try:
+        Rows(path)
+    except LowVRAMError:
+        return False
+    return True
+
+
 class Rows:
     """A file of `write_rows`, memory-mapped.
 

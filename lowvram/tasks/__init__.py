@@ -3,6 +3,7 @@
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
@@ -20,6 +21,8 @@ from lowvram.kernels import dispatch
 from lowvram.phase import Phase
 from lowvram.run import Run
 from lowvram.settings import Settings
+
+Place = Callable[[nn.Module, torch.device], None]
 
 
 class Task(ABC):
@@ -107,6 +110,12 @@ class Task(ABC):
         """
         raise _no_weights(self.settings)
 
+    def prepare_sampling(self, place: Place | None = None) -> None:  # noqa: B027 - they may be there already
+        """Bring networks to the device once their weights are loaded, to sample from them alone.
+
+        place: brings one there that the device may not hold whole; None: `Module.to`.
+        """
+
     @abstractmethod
     def prepare_training(self) -> None:
         """Build what only training needs: phases, optimizers, averages."""
@@ -156,8 +165,9 @@ class Task(ABC):
 
 def _no_weights(settings: Settings) -> LowVRAMError:
     return LowVRAMError(
-        f"weights={settings.weights} is for StyleGAN2 alone, and the recipe trains task={settings.task}.",
-        "Leave weights out, or use a recipe such as faces256.",
+        f"weights={settings.weights} is for StyleGAN2 and Stable Diffusion, and the recipe trains "
+        f"task={settings.task}.",
+        "Leave weights out, or use a recipe such as faces256 or sd15_lora.",
     )
 
 
@@ -194,33 +204,76 @@ def open_images(settings: Settings, *, resolution: int | None = None) -> ImageSe
     )
 
 
-def load_run(run_folder: str | Path, *, checkpoint: str | int = "latest", device: str = "auto") -> Task:
+def load_run(
+    run_folder: str | Path,
+    *,
+    checkpoint: str | int = "latest",
+    device: str = "auto",
+    base: str | Path | None = None,
+    place: Place | None = None,
+) -> Task:
     """A trained run, ready to sample from: its averaged networks, in evaluation mode.
 
     Args:
         run_folder: the folder that training wrote.
         checkpoint: a step, or "latest" for the newest good one.
         device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N".
+        base: the published weights that a fine-tuned run stands on, where they lie elsewhere than at its training.
+        place: see `Task.prepare_sampling`.
     """
     run = Run.open(run_folder)
     path = run.find_checkpoint(checkpoint)
-    task = build_task(run.settings, pick_device(device), run.folder)
+    settings = run.settings
+    if base is not None:
+        if settings.weights is None:
+            raise LowVRAMError(f"run={run_folder} stands on no other weights.", "Leave base out.")
+        settings = replace(settings, weights=str(base))
+    if settings.task == "stable_diffusion" and not _is_there(settings.weights):
+        raise LowVRAMError(
+            f"the run stands on {settings.weights}, which is not there.", "Say where those weights are: base=PATH."
+        )
+    task = build_task(settings, pick_device(device), run.folder)
     saved = checkpoints.read(path, only=task.sampling_networks)
     for name in task.sampling_networks:
         load_network(task.networks[name], saved.tensors.get(name, {}), name, path)
         task.networks[name].eval()
+    task.prepare_sampling(place)
     return task
 
 
-def load_weights(path: str | Path, *, device: str = "auto") -> Task:
-    """Published StyleGAN2 weights, or what `lowvram.convert` made of a run, ready to sample from.
+def _is_there(weights: str | None) -> bool:
+    return weights is not None and (weights == "random" or Path(weights).expanduser().exists())
+
+
+def load_weights(
+    path: str | Path,
+    *,
+    device: str = "auto",
+    base: str | Path | None = None,
+    scale: float = 1.0,
+    place: Place | None = None,
+) -> Task:
+    """Weights in files, ready to sample from: published ones, or what `lowvram.convert` made of a run.
+
+    Args:
+        path: of StyleGAN2 a pickle or .safetensors; of Stable Diffusion a folder, a single file, a LoRA or the
+            embedding of a word, or several of these with | between them.
+        device, place: as of `load_run`.
+        base: the pipeline that a LoRA or a word stands on. scale: how much LoRAs count.
 
     Raises:
         LowVRAMError: they can't be read, or are of something else.
     """
+    from lowvram.tasks import adapted
     from lowvram.tasks.stylegan2 import StyleGAN2Task
 
-    return StyleGAN2Task.of_weights(Path(path).expanduser(), pick_device(device))
+    paths = [Path(part.strip()).expanduser() for part in str(path).split("|")]
+    if len(paths) == 1 and base is None and adapted.kind_of(paths[0]) == "stylegan":
+        return StyleGAN2Task.of_weights(paths[0], pick_device(device))
+    where = None if base is None else Path(base).expanduser()
+    task = adapted.open_weights(paths, pick_device(device), base=where, scale=scale)
+    task.prepare_sampling(place)
+    return task
 
 
 def load_network(

@@ -12,7 +12,7 @@ from lowvram.adapters import lora, textual_inversion
 from lowvram.adapters.twin import Twin
 from lowvram.models.unet import UNet
 from lowvram.settings import StableDiffusionSettings
-from lowvram.tasks import published
+from lowvram.tasks import Place, published
 from lowvram.tasks.pipeline_text import PipelineText
 from lowvram.tasks.published import Source
 
@@ -59,9 +59,13 @@ class FineTuned:
         """The text encoders to sample with, within `sampling`."""
         return self.text
 
-    def to(self, device: torch.device) -> None:
-        """Bring what sampling needs to the device, the UNet in 16 bits on a GPU."""
-        self.unet.to(device, published.base_dtype(self.settings, device))
+    def prepare_sampling(self, device: torch.device, place: Place | None) -> None:
+        """Bring the UNet to the device to be sampled, in 16 bits on a GPU. Text encoders come when they are needed.
+
+        place: brings it there, where it may not fit as a whole.
+        """
+        self.sampled.to(published.base_dtype(self.settings, device))
+        _placed(self.sampled, device, place)
 
     def changed(self) -> dict[str, dict[str, Tensor]]:
         """Weights that differ from the published ones, by part and folder name: what an export writes in their place.
@@ -102,11 +106,6 @@ class Full(FineTuned):
         averaged: Any = self.averaged.get("text_ema", self.text)
         return averaged  # type: ignore[no-any-return]
 
-    def to(self, device: torch.device) -> None:
-        narrow = published.base_dtype(self.settings, device)
-        for network in (self.averaged or self.trained).values():
-            network.to(device, narrow)
-
     def changed(self) -> dict[str, dict[str, Tensor]]:
         changed = {"unet": dict(self.sampled.state_dict())}
         if self.reader is not None:
@@ -116,19 +115,23 @@ class Full(FineTuned):
 
 
 class Lora(FineTuned):
-    """Low-rank weights in the UNet, and with `text.train` in the text encoders. Networks `lora` and `text_lora`."""
+    """Low-rank weights in the UNet, and with `text.train` in the text encoders.
+
+    Networks `lora_unet`, `lora_text_encoder`, `lora_text_encoder_2`.
+    """
 
     def __init__(self, settings: StableDiffusionSettings, pipeline: Source, text: PipelineText, device: torch.device):
         super().__init__(settings, pipeline, text, device)
         self.twins: dict[str, Twin] = {}
-        self.adapters = {"lora": self._add(self.unet, settings.lora.targets)}
+        self.adapters = {"unet": self._add(self.unet, settings.lora.targets)}
         self.frozen = (self.unet,)
         if settings.text.train:
             self.text = text.network()
             assert self.text is not None
-            self.adapters["text_lora"] = self._add(self.text, settings.lora.text_targets)
+            for part, encoder in zip(text.parts, self.text.encoders, strict=True):
+                self.adapters[part] = self._add(encoder, settings.lora.text_targets)
             self.frozen = (self.unet, self.text)
-        self.trained = dict(self.adapters)
+        self.trained = {f"lora_{part}": adapters for part, adapters in self.adapters.items()}
 
     def _add(self, network: nn.Module, targets: list[str]) -> lora.Adapters:
         said = self.settings.lora
@@ -145,8 +148,8 @@ class Lora(FineTuned):
         return unet
 
     def average(self) -> None:
-        self.twins = {f"{name}_ema": adapters.twin() for name, adapters in self.adapters.items()}
-        self.averaged = dict(self.twins)
+        self.twins = {part: adapters.twin() for part, adapters in self.adapters.items()}
+        self.averaged = {f"lora_{part}_ema": twin for part, twin in self.twins.items()}
 
     @contextmanager
     def sampling(self) -> Iterator[None]:
@@ -157,13 +160,18 @@ class Lora(FineTuned):
                 stack.enter_context(_evaluating(adapters))
             yield
 
-    def to(self, device: torch.device) -> None:
-        self.unet.to(device)
-        if self.text is not None:
-            self.text.to(device)
-        for twin in self.averaged.values():
+    def prepare_sampling(self, device: torch.device, place: Place | None) -> None:
+        _placed(self.unet, device, place)  # in the type of the weights that were trained round
+        for twin in self.twins.values():
             twin.to(device)
 
+    def states(self) -> dict[str, dict[str, Tensor]]:
+        """The low-rank weights by part, averaged where there is an average."""
+        with self.sampling():
+            return {
+                part: {key: tensor.detach() for key, tensor in adapters.state_dict().items()}
+                for part, adapters in self.adapters.items()
+            }
 
     def changed(self) -> dict[str, dict[str, Tensor]]:
         with self.sampling():
@@ -186,7 +194,7 @@ class Inversion(FineTuned):
         said = settings.embedding
         word = textual_inversion.Word(token=said.token, vectors=said.vectors, begin=said.initial)
         self.embeddings = textual_inversion.Embeddings(list(self.text.encoders), text.tokenizers, [word])
-        text.tokenizers = self.embeddings.tokenizers
+        text.tokenizers = self.text.tokenizers = self.embeddings.tokenizers
         self.trained = {"embedding": self.embeddings}
         self.frozen = (self.unet, self.text)
         self.twin: Twin | None = None
@@ -195,10 +203,22 @@ class Inversion(FineTuned):
         self.twin = self.embeddings.twin()
         self.averaged = {"embedding_ema": self.twin}
 
+    def vectors(self) -> list[Tensor]:
+        """Of the word, [vectors, dim] for each encoder, averaged where there is an average."""
+        with self.sampling():
+            return [rows.detach() for rows in self.embeddings.vectors(self.settings.embedding.token)]
+
     @contextmanager
     def sampling(self) -> Iterator[None]:
         with self.twin.active() if self.twin is not None else nullcontext():
             yield
+
+
+def _placed(network: nn.Module, device: torch.device, place: Place | None) -> None:
+    if place is None:
+        network.to(device)
+    else:
+        place(network, device)
 
 
 @contextmanager

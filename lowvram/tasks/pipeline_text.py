@@ -19,7 +19,7 @@ from lowvram.bars import bar
 from lowvram.data.caption_variants import CaptionOptions, variants_of
 from lowvram.data.image_cache import cache_root
 from lowvram.data.latent_files import digest_of, locked
-from lowvram.data.text_cache import Rows, write_rows
+from lowvram.data.text_cache import Rows, is_whole, write_rows
 from lowvram.ema import on_device
 from lowvram.errors import LowVRAMError
 from lowvram.models.clip_text import ClipText, check_lengths, count_tokens, load_tokenizer, number_tokens
@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
 _RANDOM = "random"  # layout of a pipeline without weights: theirs are drawn here
 _FORMAT = 1  # raise it when the same encoders and captions give other files
-_AT_ONCE = 64  # captions
+_AT_ONCE = 64  # captions in an encoder
+_NUMBERED = 4096  # captions in a tokenizer, which makes lists of them
 _REMEMBERED = 256  # prompts: 80 MiB of SDXL's
 
 
@@ -133,14 +134,19 @@ class PipelineText(Condition):
         if long:
             say(f"{long:,} of {len(different):,} different captions are longer than {self.length - 2} tokens, and cut")
         if self.live:
-            self._ids = [number_tokens(t, different, self.length)[0] for t in self.tokenizers]
+            self._ids = [self._numbered(tokenizer, different) for tokenizer in self.tokenizers]
             return
         path = cache_root() / "captions" / f"{self._key(different)}.safetensors"
         with locked(path.parent, "captions"):
-            if not path.is_file():
+            if not is_whole(path):
                 say(f"encoding {len(different):,} captions with {self.pipeline.path}")
                 self._write(path, different)
         self._kept = Rows(path)
+
+    def _numbered(self, tokenizer: Any, texts: list[str]) -> Tensor:
+        """int32 [T, length]."""
+        parts = [texts[begin : begin + _NUMBERED] for begin in range(0, len(texts), _NUMBERED)]
+        return torch.cat([number_tokens(tokenizer, part, self.length)[0].int() for part in parts])
 
     def take(self, images: "Captioned", say: Callable[[str], None]) -> None:
         """`read` and `take_sizes` of a data set's captions and sizes."""
@@ -245,7 +251,7 @@ class PipelineText(Condition):
         rows = torch.where(self._dropped(seeds), 0, rows)  # [b], CPU
         if self.live:
             assert network is not None
-            context, pooled = network(*(ids[rows].to(self.device) for ids in self._ids))
+            context, pooled = network(*(ids[rows].long().to(self.device) for ids in self._ids))
         else:
             context, pooled = self._read(rows.tolist())
         context, pooled = context.to(self.device).float(), pooled.to(self.device).float()
@@ -298,10 +304,10 @@ class PipelineText(Condition):
 
     def null(self, network: nn.Module | None, negative: str | None = None) -> Conditions:
         """What guidance leads away from: the negative prompt, also an empty one; None: no caption, as in training."""
-        told = self.wanted([negative or ""], network)
         if negative is None and self.zeros:
-            told |= {name: torch.zeros_like(told[name]) for name in ("context", "pooled")}
-        return told
+            context, pooled = torch.zeros(1, self.length, self.dim), torch.zeros(1, self.pooled_dim)
+            return self._told(context, pooled, torch.tensor([self._sampled_size()]))
+        return self.wanted([negative or ""], network)
 
     def _look_up(self, prompts: list[str], network: nn.Module | None, *, cut: bool) -> list[tuple[Tensor, Tensor]]:
         """The context [77, D] and `pooled` [P] of each prompt, float32."""

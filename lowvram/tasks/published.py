@@ -131,10 +131,10 @@ def compute_dtype(settings: StableDiffusionSettings, device: torch.device) -> to
     return base_dtype(replace(settings, base="auto"), device)
 
 
-def text(pipeline: Source, settings: StableDiffusionSettings, device: torch.device) -> PipelineText:
-    """What the UNet is told, by the pipeline's text encoders."""
+def text(pipeline: Source, settings: StableDiffusionSettings, device: torch.device, **options: Any) -> PipelineText:
+    """What the UNet is told, by the pipeline's text encoders. options: of `PipelineText`."""
     said = settings.text
-    options = CaptionOptions(
+    varied = CaptionOptions(
         prefix=said.prefix,
         suffix=said.suffix,
         shuffle=said.shuffle,
@@ -145,12 +145,15 @@ def text(pipeline: Source, settings: StableDiffusionSettings, device: torch.devi
     return PipelineText(
         pipeline,  # type: ignore[arg-type]
         device,
-        dropout=settings.loss.condition_dropout,
-        options=options,
-        live=settings.live_text,
-        dtype=_DTYPES.get(said.dtype),
-        skip=said.skip,
-        size=(settings.resolution, settings.resolution),
+        **{
+            "dropout": settings.loss.condition_dropout,
+            "options": varied,
+            "live": settings.live_text,
+            "dtype": _DTYPES.get(said.dtype),
+            "skip": said.skip,
+            "size": (settings.resolution, settings.resolution),
+        }
+        | options,
     )
 
 

@@ -18,9 +18,11 @@ from lowvram.noise import Predict
 from lowvram.objectives.diffusion import diffusion_loss, pixel_weights
 from lowvram.phase import MicroBatch, Phase
 from lowvram.settings import Settings, StableDiffusionSettings
-from lowvram.tasks import codec, fine_tuned, instances, published
+from lowvram.tasks import Place, codec, fine_tuned, instances, published
 from lowvram.tasks.codec import Codec
+from lowvram.tasks.fine_tuned import FineTuned
 from lowvram.tasks.latent import LATENT_OPTIONS, LatentTask
+from lowvram.tasks.pipeline_text import PipelineText
 from lowvram.tasks.step_size import StepSizes
 
 _CAPTIONS = "captions.txt"  # in the run's folder: some of the data set's, for samples without a prompt
@@ -35,6 +37,7 @@ class StableDiffusionTask(LatentTask):
     """
 
     settings: StableDiffusionSettings
+    condition: PipelineText
 
     def __init__(
         self,
@@ -43,9 +46,10 @@ class StableDiffusionTask(LatentTask):
         folder: Path | None = None,
         *,
         pipeline: published.Source | None = None,
+        tuned: FineTuned | None = None,
         untrained: bool = False,
     ) -> None:
-        """pipeline: the weights, where they are open already. untrained: to sample from them as they are."""
+        """pipeline, tuned: where they are made already. untrained: to sample from the weights as they are."""
         super().__init__(settings, device, folder)
         self.pipeline = published.source(settings) if pipeline is None else pipeline
         self.schedule = published.schedule(
@@ -53,10 +57,12 @@ class StableDiffusionTask(LatentTask):
         )
         self.predict = cast(Predict, settings.loss.predict)
         self.schedule.check(self.predict)
-        self.condition = published.text(self.pipeline, settings, device)
-        self.tuned = fine_tuned.make(settings, self.pipeline, self.condition, device, untrained=untrained)
+        if tuned is None:
+            text = published.text(self.pipeline, settings, device)
+            tuned = fine_tuned.make(settings, self.pipeline, text, device, untrained=untrained)
+        self.tuned, self.condition = tuned, tuned.condition
         self.networks = dict(self.tuned.trained)
-        if settings.ema.enabled and not untrained:
+        if settings.ema.enabled:
             self.tuned.average()
             self.networks |= self.tuned.averaged
         self.sampling_networks = tuple(self.tuned.averaged or self.tuned.trained)
@@ -66,11 +72,6 @@ class StableDiffusionTask(LatentTask):
     def with_shape_of_weights(cls, settings: Settings) -> Settings:
         assert isinstance(settings, StableDiffusionSettings)
         return published.with_shape(settings)
-
-    @classmethod
-    def of_weights(cls, path: Path, device: torch.device, settings: StableDiffusionSettings) -> "StableDiffusionTask":
-        """A task that samples from published weights as they are."""
-        return cls(settings, device, untrained=True)
 
     def load_weights(self, path: Path) -> None:
         """They are loaded as the networks are made, for parts of them stay as they are."""
@@ -122,9 +123,16 @@ class StableDiffusionTask(LatentTask):
             for name, target in self.tuned.averaged.items()
         ]
         if self.folder is not None and not standin.active():
-            self.condition.read(self.instances.captions, self.say)
-            if self.instances.size_ids is not None:
-                self.condition.take_sizes(self.instances.size_ids)
+            self._take_in_data()
+
+    def _take_in_data(self) -> None:
+        self.condition.read(self.instances.captions, self.say)
+        if self.instances.size_ids is not None:
+            self.condition.take_sizes(self.instances.size_ids)
+        if self.tuned.reader is None:  # read now what grids are sampled with: no encoder comes to a card that is full
+            prompts = self.usual_prompts()[: self.settings.grid]
+            self.condition.wanted(prompts, None, cut=True)
+            self.condition.null(None, self.settings.sampling.negative)
 
     def _loss(self, micro: MicroBatch) -> Tensor:
         """The squared error of what the UNet predicts, on latents drawn from the autoencoder's distribution."""
@@ -199,8 +207,11 @@ class StableDiffusionTask(LatentTask):
 
     # Sampling.
 
-    def prepare_sampling(self) -> None:
-        self.tuned.to(self.device)
+    def sample(self, n: int, seed: int = 0, **options: Any) -> Tensor:
+        return super().sample(n, seed, **{"negative": self.settings.sampling.negative, **options})
+
+    def prepare_sampling(self, place: Place | None = None) -> None:
+        self.tuned.prepare_sampling(self.device, place)
 
     def denoise(self, x: Tensor, time: Tensor, told: Mapping[str, Tensor]) -> Tensor:
         with self.tuned.sampling():

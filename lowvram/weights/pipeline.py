@@ -21,6 +21,8 @@ from lowvram.weights.tensor_file import TensorFile, finite
 __all__ = ["PARTS", "Pipeline", "open_pipeline"]
 
 PREDICTIONS = ("epsilon", "v_prediction")
+_OTHER_NOISE = ("EDM", "FlowMatch")  # of schedulers' class names
+_OTHER_NOISE_KEYS = ("edm_mean", "edm_vpred.sigma_max")  # the like, in a single file
 _REMEDY = (
     "Give a folder with model_index.json, unet/, vae/, text_encoder/ and tokenizer/ as diffusers writes it, or one "
     ".safetensors or .ckpt with all of Stable Diffusion 1.x, 2.x or XL."
@@ -75,6 +77,11 @@ class Pipeline:
             self._check_part(part)
             return self._config(part)
         config = self._scheduler()
+        if any(kind in str(config.get("_class_name")) for kind in _OTHER_NOISE):
+            raise LowVRAMError(
+                f"weights={self.path} has a {config['_class_name']}: it was trained with another kind of noise.",
+                _REMEDY,
+            )
         return config | ({"prediction_type": self._prediction_type} if self._prediction_type else {})
 
     def index(self) -> dict[str, Any]:
@@ -208,8 +215,8 @@ class _Folder(Pipeline):
         self.family = self._find_family()
 
     def index(self) -> dict[str, Any]:
-        """The content of model_index.json."""
-        return dict(self._index)
+        """The content of model_index.json, or where there is none what it would be."""
+        return dict(self._index) or pipeline_folder.default_index(self.config, self.family, self.parts)
 
     def file(self, part: str) -> TensorFile:
         """The file that a part's tensors are in."""
@@ -283,26 +290,7 @@ class _SingleFile(Pipeline):
 
     def index(self) -> dict[str, Any]:
         """What model_index.json says of such a pipeline."""
-        xl, inpaint = self.family == "sdxl", self.config("unet")["in_channels"] == 9
-        kind = f"StableDiffusion{'XL' if xl else ''}{'Inpaint' if inpaint else ''}Pipeline"
-        out: dict[str, Any] = {"_class_name": kind, "_diffusers_version": "0.35.0"}
-        nothing = [None, None]
-        clip, clip_2 = ["transformers", "CLIPTextModel"], ["transformers", "CLIPTextModelWithProjection"]
-        tokenizer = ["transformers", "CLIPTokenizer"]
-        out |= {"unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"]}
-        out |= {"text_encoder": clip, "tokenizer": tokenizer}
-        out["scheduler"] = ["diffusers", self._scheduler()["_class_name"]]
-        if xl:
-            out |= {"text_encoder_2": clip_2, "tokenizer_2": tokenizer, "force_zeros_for_empty_prompt": True}
-            out |= {"feature_extractor": nothing, "image_encoder": nothing}
-        else:
-            out |= {"safety_checker": nothing, "feature_extractor": nothing, "requires_safety_checker": False}
-        for part in PARTS:
-            if part in out and part not in self.parts:
-                out |= {part: nothing} | (
-                    {part.replace("text_encoder", "tokenizer"): nothing} if "text" in part else {}
-                )
-        return out
+        return pipeline_folder.default_index(self.config, self.family, self.parts)
 
     def file(self, part: str) -> TensorFile:
         """The file."""
@@ -362,6 +350,8 @@ def _family_of_keys(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> str:
         raise LowVRAMError(f"weights={path} holds no Stable Diffusion{_guess(shapes)}.", _REMEDY)
     if any(key.startswith("conditioner.embedders.0.model.") for key in shapes):
         raise LowVRAMError(f"weights={path} is SDXL's refiner.", "Use the base model.")
+    if found := [key for key in _OTHER_NOISE_KEYS if key in shapes]:
+        raise LowVRAMError(f"weights={path} has {found[0]}: it was trained with another kind of noise.", _REMEDY)
     if f"{unet}label_emb.0.0.weight" in shapes:
         return "sdxl"
     for family in ("sd1", "sd2"):

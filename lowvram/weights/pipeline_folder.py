@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,31 @@ def read_index(root: Path) -> dict[str, Any]:
     for name, value in index.items():
         if isinstance(value, list) and (Path(name).name != name or "\\" in name):
             raise LowVRAMError(f"{path} has a component {name!r}, which is no name of a folder.", _AGAIN)
+    return index
+
+
+def default_index(config: Callable[[str], Mapping[str, Any]], family: str, parts: Collection[str]) -> dict[str, Any]:
+    """The content of a model_index.json for a pipeline that has none. config: those of its parts and "scheduler"."""
+    xl, inpaint = family == "sdxl", config("unet")["in_channels"] == 9
+    absent = [None, None]
+    index: dict[str, Any] = {
+        "_class_name": f"StableDiffusion{'XL' if xl else ''}{'Inpaint' if inpaint else ''}Pipeline",
+        "_diffusers_version": "0.35.0",
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "scheduler": ["diffusers", config("scheduler")["_class_name"]],
+        "feature_extractor": absent,
+    }
+    if xl:
+        index |= {"text_encoder_2": ["transformers", "CLIPTextModelWithProjection"], "image_encoder": absent}
+        index |= {"tokenizer_2": ["transformers", "CLIPTokenizer"], "force_zeros_for_empty_prompt": True}
+    else:
+        index |= {"safety_checker": absent, "requires_safety_checker": False}
+    for part in ("vae", "text_encoder", "text_encoder_2"):
+        if part in index and part not in parts:
+            index |= {part: absent} | ({part.replace("text_encoder", "tokenizer"): absent} if part != "vae" else {})
     return index
 
 

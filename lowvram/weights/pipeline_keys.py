@@ -32,7 +32,7 @@ class Piece(NamedTuple):
             return stored[:2]
         if self.form == "transposed":
             return stored[::-1]
-        if self.form == "third" and stored:
+        if self.form == "third" and stored and stored[0] % 3 == 0:
             return stored[0] // 3, *stored[1:]
         return stored
 

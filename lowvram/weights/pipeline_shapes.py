@@ -88,7 +88,7 @@ def unet(family: str, shapes: Shapes, *, pooled: int | None) -> dict[str, Any]:
     if "class_embedding.weight" in shapes:
         config["num_class_embeds"] = shapes.get("class_embedding.weight", 2)[0]
     if family == "sdxl":
-        config |= _added(config, shapes.get("add_embedding.linear_1.weight", 2)[1], pooled)
+        config |= _added(shapes, config["addition_time_embed_dim"], pooled)
     return config
 
 
@@ -104,9 +104,16 @@ def _depth(shapes: Shapes, stage: str, layers: int) -> int:
     return depths.pop()
 
 
-def _added(config: Mapping[str, Any], width: int, pooled: int | None) -> dict[str, Any]:
-    """The embedding of pooled text and six sizes: `width` channels in all."""
-    each = config["addition_time_embed_dim"] if pooled is None else (width - pooled) // 6
+def _added(shapes: Shapes, usual: int, pooled: int | None) -> dict[str, Any]:
+    """The embedding of pooled text and six sizes, of `usual` channels each where the text's width is not known."""
+    width = shapes.get("add_embedding.linear_1.weight", 2)[1]
+    each, left = (usual, 0) if pooled is None else divmod(width - pooled, 6)
+    if left or each <= 0:
+        raise LowVRAMError(
+            f"{shapes.path}: its UNet takes {width} added channels, and its second text encoder gives {pooled}, which "
+            "does not leave six equal parts for the sizes.",
+            _OTHER,
+        )
     return {"addition_time_embed_dim": each, "projection_class_embeddings_input_dim": width}
 
 

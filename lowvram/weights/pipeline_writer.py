@@ -28,7 +28,6 @@ _FILES = dict.fromkeys(("unet", "vae"), "diffusion_pytorch_model.safetensors") |
     ("text_encoder", "text_encoder_2"), "model.safetensors"
 )
 _ROOM = "Free some space, or choose another place."
-_MARKS = ("v_pred", "ztsnr")  # empty tensors by which other programs know such files of 1.x and XL
 _KNOW_ZERO_SNR = ("DDIMScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler")
 _HASHES = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
 
@@ -119,12 +118,12 @@ def write_single_file(
     config = _schedule(pipeline, scheduler)
     is_v = config.get("prediction_type") == "v_prediction"
     metadata["modelspec.prediction_type"] = "v" if is_v else "epsilon"
-    if pipeline.family != "sd2":
-        for mark, wanted in zip(_MARKS, (is_v, bool(config.get("rescale_betas_zero_snr"))), strict=True):
-            if wanted:
-                new.setdefault(mark, NewTensor((0,), torch.float32, partial(torch.zeros, 0)))
-            else:
-                new.pop(mark, None)
+    # Empty tensors by which other programs know such files; of 2.x that v is predicted is nothing unusual.
+    for mark, holds in (("v_pred", is_v), ("ztsnr", bool(config.get("rescale_betas_zero_snr")))):
+        if not holds:
+            new.pop(mark, None)
+        elif mark != "v_pred" or pipeline.family != "sd2":
+            new.setdefault(mark, NewTensor((0,), torch.float32, partial(torch.zeros, 0)))
     write_tensors(out, new, metadata)
 
 

@@ -11,6 +11,7 @@ import pickle
 import re
 import warnings
 import zipfile
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,24 +66,34 @@ class _Parameters(dict[str, Tensor]):
         self.update({str(name): tensor for name, tensor in held.items() if isinstance(tensor, Tensor)})
 
 
-# Published checkpoints of Stable Diffusion carry these beside the weights: notes of the trainer that made them.
+def _plain_dict(*_: Any) -> dict[Any, Any]:
+    """Stands for defaultdict, whatever its default."""
+    return {}
+
+
+# Published checkpoints carry these beside the weights: notes of the trainer that made them, and its settings.
 _PASSED = (
     "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
     "pytorch_lightning.callbacks.early_stopping.EarlyStopping",
     "lightning.pytorch.callbacks.model_checkpoint.ModelCheckpoint",
-    "lightning_fabric.utilities.data.AttributeDict",
-    "pytorch_lightning.utilities.parsing.AttributeDict",
     "omegaconf.base.ContainerMetadata",
     "omegaconf.base.Metadata",
     "omegaconf.dictconfig.DictConfig",
     "omegaconf.listconfig.ListConfig",
     "omegaconf.nodes.AnyNode",
-    "collections.defaultdict",
     "typing.Any",
     "numpy.dtype",
     "numpy.core.multiarray.scalar",
     "numpy._core.multiarray.scalar",
+    *(f"builtins.{name}" for name in ("list", "dict", "tuple", "int", "float", "bool", "str")),
 )
+_STAND_INS: list[Any] = [
+    *((_Passed, name) for name in _PASSED),
+    (_Parameters, "torch.nn.modules.container.ParameterDict"),
+    (_plain_dict, "collections.defaultdict"),
+    (OrderedDict, "pytorch_lightning.utilities.parsing.AttributeDict"),
+    (OrderedDict, "lightning_fabric.utilities.data.AttributeDict"),
+]
 
 
 def looks_like_one(start: bytes) -> bool:
@@ -127,10 +138,8 @@ def load(path: Path) -> Any:
     if not looks_like_one(start):
         raise LowVRAMError(f"{path} is nothing that torch.save wrote.", _AGAIN)
     sizes = _check_archive(path) if start == _ZIP else None
-    stand_ins: list[Any] = [(_Passed, name) for name in _PASSED]
-    stand_ins.append((_Parameters, "torch.nn.modules.container.ParameterDict"))
     try:
-        with torch.serialization.safe_globals(stand_ins), warnings.catch_warnings():
+        with torch.serialization.safe_globals(_STAND_INS), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # such as of types of storage that are no longer made
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=sizes is not None)
     except pickle.UnpicklingError as error:

@@ -12,13 +12,16 @@ import pytest
 import tiny_pipelines
 import torch
 import transformers
+from diffusers.loaders import single_file_utils
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lowvram.errors import LowVRAMError
 from lowvram.models.autoencoder import Autoencoder
 from lowvram.models.unet import UNet
+from lowvram.weights import pipeline_parts, pipeline_shapes
 from lowvram.weights.pipeline import Pipeline, open_pipeline
+from lowvram.weights.pipeline_keys import stored_shape
 from lowvram.weights.pipeline_writer import write_single_file
 from lowvram.weights.tensor_file import TensorFile
 
@@ -168,10 +171,6 @@ def test_second_text_encoder_is_that_of_diffusers(folders: dict[str, Path], file
     ("family", "unet", "vae", "text"), [("sd1", 686, 248, 196), ("sd2", 686, 248, 372), ("sdxl", 1680, 248, 196)]
 )
 def test_published_layouts(family: str, unet: int, vae: int, text: int, tmp_path: Path) -> None:
-    from diffusers.loaders import single_file_utils
-
-    from lowvram.weights import pipeline_parts, pipeline_shapes
-
     configs = pipeline_shapes.published(family)
     shapes: dict[str, dict[str, tuple[int, ...]]] = {}
     with torch.device("meta"):
@@ -187,8 +186,6 @@ def test_published_layouts(family: str, unet: int, vae: int, text: int, tmp_path
         state = {pipeline_parts.full_name(part, name): t for name, t in network.state_dict().items()}
         shapes[part] = {name: tuple(tensor.shape) for name, tensor in state.items()}
         for name, piece in pipeline_parts.for_single_file(family, part, shapes[part]).items():
-            from lowvram.weights.pipeline_keys import stored_shape
-
             single[piece.key] = torch.empty(stored_shape(piece.form, shapes[part][name]), device="meta")
     assert [len(shapes[part]) for part in ("unet", "vae", "text_encoder")] == [unet, vae, text]
     # Back by diffusers' own functions.
@@ -411,11 +408,15 @@ def test_files_that_are_no_pipeline(files: dict[str, Path], tmp_path: Path) -> N
         (["double_blocks.0.img_attn.qkv.weight"], "Flux"),
         (["down_blocks.0.resnets.0.norm1.weight"], "folder"),
         (["something"], "something"),
+        ([f"{UNET}input_blocks.0.0.weight", "edm_mean"], "noise"),
         ([f"{UNET}input_blocks.0.0.weight", "conditioner.embedders.0.model.ln_final.weight"], "refiner"),
     ):
         save_file({key: torch.zeros(1) for key in keys}, tmp_path / "x.safetensors")
         refused(tmp_path / "x.safetensors", word, "x.safetensors")
     refused(tmp_path / "nowhere", "does not exist")
+    refused(tmp_path, "unet/config.json")
+    (tmp_path / "cut.safetensors").write_bytes(files["sd1"].read_bytes()[:-1000])
+    refused(tmp_path / "cut.safetensors", "cut.safetensors", "cut off")
     with pytest.raises(LowVRAMError, match="prediction_type"):
         open_pipeline(files["sd1"], prediction_type="sample")
 
@@ -446,6 +447,14 @@ def test_parts_that_are_missing(files: dict[str, Path], folders: dict[str, Path]
     refused(folder, "unet has no weights", part="unet")
     shutil.rmtree(folder / "unet")
     refused(folder, "StableDiffusionXLPipeline", "unet/config.json")
+
+
+def test_folder_of_another_noise(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(folders["sdxl"], tmp_path / "sdxl")
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"_class_name": "EDMEulerScheduler"}))
+    with pytest.raises(LowVRAMError, match="another kind of noise"):
+        open_pipeline(folder).config("scheduler")
 
 
 @pytest.mark.parametrize("content", [b"", b"[1]", b"{", b"\xff", b'{"a": ' * 100000])

@@ -1,0 +1,136 @@
+"""Sampling from weights in files: a published pipeline as it is, or with LoRAs and words that were learned for it."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from lowvram.adapters import embedding_files, lora_files, lora_names
+from lowvram.adapters.embedding_files import EmbeddingFile
+from lowvram.adapters.lora_files import LoraFile
+from lowvram.config import load_recipe
+from lowvram.errors import LowVRAMError
+from lowvram.settings import StableDiffusionSettings
+from lowvram.tasks import published
+from lowvram.tasks.fine_tuned import FineTuned
+from lowvram.tasks.stable_diffusion import StableDiffusionTask
+from lowvram.weights.pipeline import Pipeline, open_pipeline
+from lowvram.weights.tensor_file import TensorFile
+
+Kind = Literal["stylegan", "pipeline", "lora", "embedding"]
+
+_RECIPES = {"sd1": "sd15_finetune", "sd2": "sd21_finetune", "sdxl": "sdxl_finetune"}
+_MOST_OF_A_WORD = 2  # tensors
+
+
+def kind_of(path: Path) -> Kind:
+    """What a file or folder of weights is.
+
+    Raises:
+        LowVRAMError: it is not there, or can't be read.
+    """
+    if not path.exists():
+        raise LowVRAMError(f"weights={path} is not there.", "Give a file, or a folder of a pipeline.")
+    if path.is_dir():
+        return "pipeline"
+    if path.suffix == ".pkl":
+        return "stylegan"
+    if path.suffix in (".pt", ".bin"):
+        return "embedding"
+    with TensorFile.open(path) as file:
+        if "stylegan2" in file.metadata:
+            return "stylegan"
+        if any(name.startswith("model.diffusion_model.") for name in file.names):
+            return "pipeline"
+        if any(lora_names.parse(name) is not None for name in file.names):
+            return "lora"
+        return "embedding" if len(file.names) <= _MOST_OF_A_WORD else "pipeline"
+
+
+class Adapted(FineTuned):
+    """A pipeline with LoRAs merged into it, and words put into its text encoders."""
+
+    def __init__(
+        self,
+        settings: StableDiffusionSettings,
+        pipeline: Pipeline,
+        device: torch.device,
+        *,
+        loras: Sequence[LoraFile] = (),
+        words: Sequence[EmbeddingFile] = (),
+        scale: float = 1.0,
+    ) -> None:
+        self.loras, self.scale = loras, scale
+        text = published.text(pipeline, settings, device, loading=self._load, live=bool(words))
+        super().__init__(settings, pipeline, text, device)
+        self._merge("unet", self.unet)
+        if words:
+            self.text = text.network()
+            assert self.text is not None
+            embeddings = embedding_files.add_from_files(list(self.text.encoders), text.tokenizers, words)
+            text.tokenizers = self.text.tokenizers = embeddings.tokenizers
+            self.text.requires_grad_(False).eval()
+
+    def _load(self, part: str, network: nn.Module) -> None:
+        self.pipeline.load(part, network)
+        self._merge(part, network)
+
+    def _merge(self, part: str, network: nn.Module) -> None:
+        for file in self.loras:
+            if part in file.parts:
+                lora_files.add_from_file(network, part, file, weight=self.scale).merge(keep=False)
+
+    def changed(self) -> dict[str, dict[str, Tensor]]:
+        parts = {part for file in self.loras for part in file.parts}
+        changed = {"unet": dict(self.unet.state_dict())} if "unet" in parts else {}
+        if parts - {"unet"}:
+            text = published.text(self.pipeline, self.settings, self.device, loading=self._load, live=True).network()
+            assert text is not None
+            changed |= {part: text.state(n) for n, part in enumerate(self.condition.parts) if part in parts}
+        return changed
+
+
+def open_weights(
+    paths: Sequence[Path], device: torch.device, *, base: Path | None = None, scale: float = 1.0
+) -> StableDiffusionTask:
+    """A task that samples from files of Stable Diffusion: one pipeline, and LoRAs and words for it.
+
+    base: the pipeline, where `paths` are LoRAs and words alone. scale: how much LoRAs count.
+
+    Raises:
+        LowVRAMError: a file can't be read, they don't fit one another, or there is no pipeline, or more than one.
+    """
+    kinds = {path: kind_of(path) for path in paths}
+    pipelines = [path for path, kind in kinds.items() if kind == "pipeline"] + ([base] if base is not None else [])
+    others = [path for path, kind in kinds.items() if kind != "pipeline"]
+    if not pipelines:
+        raise LowVRAMError(
+            f"weights={others[0]} is of type {kinds[others[0]]}, and stands on weights that are not named.",
+            "Add base=PATH: the pipeline that it was trained on.",
+        )
+    if len(pipelines) > 1:
+        raise LowVRAMError(f"{pipelines[0]} and {pipelines[1]} are both whole pipelines.", "Give one of them.")
+    settings = settings_for(pipelines[0])
+    pipeline = open_pipeline(pipelines[0])
+    tuned = Adapted(
+        settings,
+        pipeline,
+        device,
+        loras=[lora_files.read(path) for path in others if kinds[path] == "lora"],
+        words=[embedding_files.read(path) for path in others if kinds[path] == "embedding"],
+        scale=scale,
+    )
+    return StableDiffusionTask(settings, device, pipeline=pipeline, tuned=tuned)
+
+
+def settings_for(path: Path) -> StableDiffusionSettings:
+    """The settings to sample a pipeline with, at the size that it was trained for."""
+    pipeline = open_pipeline(path)
+    found = load_recipe(_RECIPES[pipeline.family])
+    assert isinstance(found, StableDiffusionSettings)
+    settings = published.with_shape(replace(found, weights=str(path)))
+    size = int(pipeline.config("unet").get("sample_size") or settings.latent_size) * settings.latent.factor
+    return replace(settings, resolution=size)
