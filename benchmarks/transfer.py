@@ -6,11 +6,12 @@
 A generator learns the built-in faces (recipe faces32) and is written as a file of weights. From it, FreezeD fine-tunes
 on a few faces in another style; beside it the same recipe begins with random weights. Then samples of the generator
 before, of the fine-tuned and of the other one are compared with faces in that style that none of them was shown
-(sliced Wasserstein and Frechet distance; the floor is that between two halves of these). Settings go to all trainings.
---weights takes what an earlier run wrote, weights.safetensors, in place of the first training.
+(sliced Wasserstein distance, Frechet distance of features and of coarse pixels; the floor is that between two halves of
+them). Settings go to all trainings. --weights takes what an earlier run wrote, weights.safetensors, in place of the
+first training.
 
 FOLDER (outputs/benchmarks/transfer) gets transfer.json, of the schema of benchmarks.record, a grid of samples of each
-generator, the pictures and the weights. The command fails where the fine-tuned generator is not the nearest by both.
+generator, the pictures and the weights. The command fails where the fine-tuned generator is not the nearest by all.
 On a quiet CPU it takes some ten minutes.
 """
 
@@ -26,6 +27,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from torch.nn import functional as F
 
 from benchmarks import record
 from lowvram import Trainer, load_recipe
@@ -33,6 +35,7 @@ from lowvram.config import report_errors
 from lowvram.data import ImageSet, open_dataset
 from lowvram.errors import LowVRAMError
 from lowvram.metrics.evaluation import evaluate_images
+from lowvram.metrics.frechet import Gaussian, frechet_distance
 from lowvram.sampling.grids import save_grid
 from lowvram.settings import StyleGAN2Settings
 from lowvram.tasks import Task, load_run, load_weights
@@ -43,6 +46,7 @@ NAMES = ("before", "transfer", "scratch")
 _NETWORKS = ("G_ema", "G", "D")
 _FEATURE_SIZE = 96  # of small pictures a larger one tells no more, and takes longer
 _SLICE = 64
+_COARSE = 4  # pixels a side
 
 
 def sketch(faces: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -127,7 +131,22 @@ def measure(task: Task, unseen: ImageSet, options: Options, name: str) -> dict[s
     found = evaluate_images(
         batches, unseen, n=count, metrics=options.metrics, feature_size=_FEATURE_SIZE, progress=False
     )
-    return {"values": found.values, "floor": found.floor}
+    samples, others = torch.cat(batches), torch.stack([unseen[index] for index in range(count)])
+    return {
+        "values": {"frechet_pixels": pixel_distance(samples, others)} | found.values,
+        "floor": {"frechet_pixels": pixel_distance(others[::2], others[1::2])} | found.floor,
+    }
+
+
+def pixel_distance(some: torch.Tensor, others: torch.Tensor) -> float:
+    """Frechet distance of pictures at 4x4 pixels: of layout and colours. uint8 [n, 3, R, R] each.
+
+    Features of ImageNet hardly tell one blurred picture from another, and these generators learn for minutes.
+    """
+    both = [Gaussian.empty(3 * _COARSE**2) for _ in range(2)]
+    for gaussian, images in zip(both, (some, others), strict=True):
+        gaussian.update(F.adaptive_avg_pool2d(images.float() / 255, _COARSE).flatten(1))
+    return frechet_distance(*both)
 
 
 def run(options: Options) -> list[dict[str, Any]]:
@@ -183,10 +202,10 @@ def nearest(points: Sequence[dict[str, Any]]) -> dict[str, str]:
 def table(points: Sequence[dict[str, Any]]) -> str:
     """The distances, and the floor: lower is nearer."""
     measures = list(points[0]["details"]["values"])
-    rows = [f"{'':<12}" + "".join(f"{measure:>12}" for measure in measures)]
+    rows = [f"{'':<12}" + "".join(f"  {measure:>10}" for measure in measures)]
     columns = {point["name"]: point["details"]["values"] for point in points} | {"floor": points[0]["details"]["floor"]}
     for name, values in columns.items():
-        rows.append(f"{name:<12}" + "".join(f"{values.get(measure, float('nan')):>12.4g}" for measure in measures))
+        rows.append(f"{name:<12}" + "".join(f"  {values.get(m, float('nan')):>{max(10, len(m))}.4g}" for m in measures))
     return "\n".join(rows)
 
 

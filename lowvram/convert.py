@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, cast
 
 from lowvram.config import command
 from lowvram.errors import LowVRAMError
@@ -105,7 +106,7 @@ def _stable_diffusion(options: ConvertOptions, out: Path) -> str:
             "Diffusion.",
             "StyleGAN2 has to=stylegan.",
         )
-    return export.write(task, out, to=options.to, dtype=dtype, layout=options.layout)
+    return export.write(task, out, to=options.to, dtype=dtype, layout=cast(Any, options.layout))
 
 
 if __name__ == "__main__":

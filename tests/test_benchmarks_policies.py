@@ -70,6 +70,7 @@ def test_a_whole_trace_is_what_the_planner_puts_together():
     predictor.close()
 
 
+@pytest.mark.slow
 def test_the_unet_runs_traced_and_streaming_saves_its_weights() -> None:
     pytest.importorskip("diffusers")
     peaks = []

@@ -62,3 +62,12 @@ def test_the_command_writes_points_grids_and_weights(tmp_path: Path, capsys: pyt
     assert torch.equal(state["b16.fromrgb.weight"], begun["b16.fromrgb.weight"])
     assert not torch.equal(state["b4.fc.weight"], begun["b4.fc.weight"])
     assert "floor" in capsys.readouterr().out
+
+
+def test_the_distance_of_coarse_pixels_sees_colours_and_layout() -> None:
+    faces = torch.randint(0, 256, (64, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    faces[:, :, :8] //= 4  # dark at the top
+    own, turned = (transfer.pixel_distance(faces[:32], other) for other in (faces[32:], faces[32:].flip(2)))
+    assert 0 <= own < 0.2 * turned
+    assert transfer.pixel_distance(faces, 255 - faces) > 5 * own
+    assert transfer.pixel_distance(faces, faces) == pytest.approx(0, abs=1e-6)

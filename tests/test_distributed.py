@@ -51,7 +51,7 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
     "policy",
     [
         [],
-        ["memory.fsdp=offload"],
+        pytest.param(["memory.fsdp=offload"], marks=pytest.mark.slow),  # tests/memory/test_fsdp.py trains so too
         pytest.param(["memory.update.D=deferred", "memory.ema=host"], marks=pytest.mark.slow),
     ],
 )
@@ -85,7 +85,11 @@ def compare(one: Path, two: Path) -> None:
     ("words", "said"),
     [
         (["batch=4"], "batch=4 does not divide among 2 processes"),
-        (["model.mbstd_group_size=1"], "the 4 images of phase path_length leave some of 2 processes without one"),
+        pytest.param(
+            ["model.mbstd_group_size=1"],
+            "the 4 images of phase path_length leave some of 2 processes without one",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_batch_that_can_not_be_shared_is_named(tmp_path: Path, words: list[str], said: str) -> None:

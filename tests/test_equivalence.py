@@ -262,7 +262,12 @@ def plain_loss() -> float:
     return loss_after(MemoryPolicy())
 
 
-@pytest.mark.parametrize("technique", CONVERGING)
+SLOW = ("bf16 weights", "paged_adam", "paged_adam8bit")  # what others among these hold in part
+
+
+@pytest.mark.parametrize(
+    "technique", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in CONVERGING]
+)
 def test_narrow_state_converges_as_the_plain_run_does(technique: str) -> None:
     chosen, lr = CONVERGING[technique]
     first = plain_unet()[1][0]

@@ -127,6 +127,7 @@ def test_what_is_allowed_is_used_only_if_nothing_fits_without(plans: Plans, tmp_
     assert "loss.r1_kind=finite_difference" in out
 
 
+@pytest.mark.slow
 def test_a_card_of_several(tmp_path: Path) -> None:
     """Each holds a part of the batch, and of the weights if they are sharded. Not in a process that has a group."""
     words = ["vram=6GB", "card=3060", "memory.fsdp=shard", "processes=2", "out=here"]

@@ -49,7 +49,9 @@ def read(path: str | Path, *, token: str = "") -> EmbeddingFile:
         vectors.append(finite(path, key, tensor if tensor.dim() == 2 else tensor[None]))
     if len({len(tensor) for tensor in vectors}) > 1:
         raise LowVRAMError(f"{path} has {[len(t) for t in vectors]} vectors for the two encoders.", _REMEDY)
-    return EmbeddingFile(path=path, token=token or name or f"<{path.stem}>", vectors=tuple(vectors))
+    return EmbeddingFile(
+        path=path, token=token or name or "<" + "-".join(path.stem.split()) + ">", vectors=tuple(vectors)
+    )
 
 
 def write(
@@ -113,7 +115,8 @@ def _tensors(path: Path) -> tuple[dict[str, Tensor], str]:
     check_file(path)
     with path.open("rb") as opened:
         start = opened.read(16)
-    if not torch_file.looks_like_one(start):
+    # A .safetensors whose header is 128 bytes long begins as a pickle does.
+    if path.suffix.lower() == ".safetensors" or not torch_file.looks_like_one(start):
         with TensorFile.open(path) as file:
             return {key: file.read(key) for key in file.names}, file.metadata.get("token", "")
     content = torch_file.load(path)

@@ -262,7 +262,7 @@ class _Author:
             weights = facts.parameter_bytes[name]
             total += weights * ((own.weights == "stream") + (own.update == "deferred"))
             if own.state == "host" or own.weights == "stream":
-                total += facts.state_bytes[name]
+                total += self.estimator.update_piece(name, own).state_bytes
         total += facts.average_bytes if self.policy.ema == "host" else 0
         total += facts.frozen_bytes if self.policy.frozen == "stream" else 0
         offloaded = [

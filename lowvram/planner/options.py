@@ -126,6 +126,8 @@ def _optimizers(
     plain = OptimizerPolicy(weights=structure.weights, weights_dtype=structure.weights_dtype, **_plain(structure))
     narrow = "adam8bit" in allow and tier > 1
     kinds = [own["kind"]] if "kind" in own else ["adam", *(["adam8bit"] if narrow else [])]
+    if structure.weights == "stream":  # their updates are in the pieces of phases
+        kinds = [dict(structure.kinds).get(name, "adam")]
     found = []
     for kind in kinds:
         updates, states = _places(facts, structure, tier, name)

@@ -21,7 +21,7 @@ from lowvram.planner.estimate import Choice, Estimator, choice_of
 from lowvram.planner.log import ACTIVATIONS, Requests
 from lowvram.planner.options import Fixed, Options, legal, may_fuse, options, policy_of
 from lowvram.planner.pieces import Pieces, large
-from lowvram.planner.tracing import Job, Structure
+from lowvram.planner.tracing import Job, Structure, kinds_of
 
 _ALIKE = 1.01  # times this close count as equal, for no model of time is better; then the simpler policy wins
 _RECOMPUTED = 1.15  # a phase that recomputes takes at least so many times as long
@@ -159,7 +159,12 @@ class Search:
         if frozen and self.fixed.weights != "stream":
             found.append(replace(structure, frozen="stream"))
         if trained and (frozen or self.fixed.frozen != "stream"):
-            found.append(replace(structure, weights="stream", frozen="stream" if frozen else "device", fsdp="none"))
+            whole = replace(structure, weights="stream", frozen="stream" if frozen else "device", fsdp="none")
+            named = {name: own["kind"] for name, own in self.fixed.optimizers.items() if "kind" in own}
+            kinds = [named]
+            if "adam8bit" in self.allow:
+                kinds.append({name: named.get(name, "adam8bit") for name in self.resident.facts.optimizers})
+            found += [replace(whole, kinds=own) for own in dict.fromkeys(map(kinds_of, kinds))]
         for name, wanted in (("memory.weights", self.fixed.weights), ("memory.frozen", self.fixed.frozen)):
             if wanted == "stream" and not found:
                 raise LowVRAMError(f"{name}=stream, but its networks show no blocks.", f"Use {name}=device.")

@@ -4,7 +4,7 @@ A whole step under any policy is put together from them (`compose`).
 """
 
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -37,7 +37,7 @@ class Structure:
 
     weights: of all optimizers, on the device or streamed. weights_dtype, precision, attention, fsdp, frozen: as in
     MemoryPolicy. processes: that share each step, a card for each; a plan is for one of them. triton: whether the card
-    runs Triton's kernels.
+    runs Triton's kernels. kinds: (optimizer, kind) of those that are not adam, where updates run within the phases.
     """
 
     weights: str = "device"
@@ -48,6 +48,7 @@ class Structure:
     processes: int = 1
     triton: bool = False
     frozen: str = "device"
+    kinds: tuple[tuple[str, str], ...] = ()
 
     @classmethod
     def of(cls, policy: MemoryPolicy, *, processes: int = 1, triton: bool = False) -> "Structure":
@@ -62,6 +63,7 @@ class Structure:
             processes=processes,
             triton=triton,
             frozen=policy.frozen,
+            kinds=kinds_of({n: o.kind for n, o in policy.optimizers.items()}) if one.weights == "stream" else (),
         )
 
     @property
@@ -85,8 +87,13 @@ class Structure:
             attention=self.attention,
             fsdp=self.fsdp,
             frozen=self.frozen,
-            optimizers=dict.fromkeys(optimizers, own),
+            optimizers={name: replace(own, kind=dict(self.kinds).get(name, own.kind)) for name in optimizers},
         )
+
+
+def kinds_of(kinds: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+    """As `Structure.kinds`: the kind of each optimizer, by name."""
+    return tuple(sorted((name, kind) for name, kind in kinds.items() if kind != "adam"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,11 +131,13 @@ class Recorded:
 
     residents: of an update its optimizer's state; of a phase with streams the device's slots. step_sizes: of an update
     that begins inside the backward, the bytes that each parameter's gradient needs beside itself as it is complete.
+    state_bytes: of an update, of its optimizer's state wherever that is.
     """
 
     piece: Piece
     residents: Residents = Residents(sizes=())
     step_sizes: tuple[int, ...] = ()
+    state_bytes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,7 +236,7 @@ class Tracer:
         by_optimizer: dict[str, dict[int, int]] = {}
         for phase in subject.phases:
             own = by_optimizer.setdefault(applied.optimizer_names[phase.name], {})
-            own.update({id(p): local(p).untyped_storage().nbytes() for p in phase.parameters()})
+            own.update({id(p): local(p).nbytes for p in phase.parameters()})  # not its storage's: streams share those
         return Facts(
             phases=tuple(applied.facts(phase) for phase in subject.phases),
             samples={phase.name: phase.samples for phase in subject.phases},
@@ -314,6 +323,7 @@ class Tracer:
         if not _state_of(updater) or job.optimizer.kind in (*NARROW, *BITSANDBYTES) or self.structure.sharded:
             self._update_once(updater, 1.0 if self._clips(job.name) else None)
         residents = Residents(sizes=tuple(_sizes(_state_of(updater), OPTIMIZER, set())))
+        state_bytes = _state_bytes(updater)
         params = updater.params
         step_sizes = []
         with updater.collecting():
@@ -337,7 +347,7 @@ class Tracer:
             stream.on_load = on_load
         for param in params:
             param.grad = None
-        return Recorded(piece=piece, residents=residents, step_sizes=tuple(step_sizes))
+        return Recorded(piece=piece, residents=residents, step_sizes=tuple(step_sizes), state_bytes=state_bytes)
 
     @staticmethod
     def _update_once(updater: Updater, clip_norm: float | None) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -142,19 +142,15 @@ def text(pipeline: Source, settings: StableDiffusionSettings, device: torch.devi
         tag_dropout=said.tag_dropout,
         variants=said.variants,
     )
-    return PipelineText(
-        pipeline,  # type: ignore[arg-type]
-        device,
-        **{
-            "dropout": settings.loss.condition_dropout,
-            "options": varied,
-            "live": settings.live_text,
-            "dtype": _DTYPES.get(said.dtype),
-            "skip": said.skip,
-            "size": (settings.resolution, settings.resolution),
-        }
-        | options,
-    )
+    usual: dict[str, Any] = {
+        "dropout": settings.loss.condition_dropout,
+        "options": varied,
+        "live": settings.live_text,
+        "dtype": _DTYPES.get(said.dtype),
+        "skip": said.skip,
+        "size": (settings.resolution, settings.resolution),
+    }
+    return PipelineText(cast(Pipeline, pipeline), device, **usual | options)
 
 
 def unet(pipeline: Source, *, dtype: torch.dtype = torch.float32, load: bool = True) -> UNet:

@@ -50,6 +50,8 @@ class StableDiffusionTask(LatentTask):
         untrained: bool = False,
     ) -> None:
         """pipeline, tuned: where they are made already. untrained: to sample from the weights as they are."""
+        if settings.levels is None:  # a plan for weights that are not named
+            settings = published.with_shape(settings)
         super().__init__(settings, device, folder)
         self.pipeline = published.source(settings) if pipeline is None else pipeline
         self.schedule = published.schedule(

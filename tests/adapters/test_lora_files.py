@@ -179,6 +179,10 @@ class SDXL:
     layers_per_block = 2
 
 
+TEXT = "text_model.encoder.layers.0"
+ATTENTION = f"{TEXT}.self_attn"
+
+
 @pytest.mark.parametrize(
     ("key", "part", "path", "kind"),
     [
@@ -189,10 +193,10 @@ class SDXL:
         ("lora_unet_label_emb_0_2.lora_up.weight", "unet", "add_embedding.linear_2", "up"),
         ("lora_unet_output_blocks_2_2_conv.lora_up.weight", "unet", "up_blocks.0.upsamplers.0.conv", "up"),
         ("lora_unet_output_blocks_11_1_proj_out.dora_scale", "unet", "up_blocks.3.attentions.2.proj_out", "magnitude"),
-        ("lora_te_text_model_encoder_layers_3_mlp_fc1.alpha", "text_encoder", "text_model.encoder.layers.3.mlp.fc1", "alpha"),
-        ("lora_te2_text_model_encoder_layers_3_self_attn_out_proj.alpha", "text_encoder_2", "text_model.encoder.layers.3.self_attn.out_proj", "alpha"),
-        ("text_encoder.encoder.layers.0.self_attn.q_proj.lora_linear_layer.down.weight", "text_encoder", "text_model.encoder.layers.0.self_attn.q_proj", "down"),
-        ("text_encoder_2.text_model.encoder.layers.0.self_attn.q_proj.lora_magnitude_vector.weight", "text_encoder_2", "text_model.encoder.layers.0.self_attn.q_proj", "magnitude"),
+        ("lora_te_text_model_encoder_layers_0_mlp_fc1.alpha", "text_encoder", f"{TEXT}.mlp.fc1", "alpha"),
+        (f"lora_te2_{ATTENTION.replace('.', '_')}_out_proj.alpha", "text_encoder_2", f"{ATTENTION}.out_proj", "alpha"),
+        (f"text_encoder.{TEXT[11:]}.b.lora_linear_layer.down.weight", "text_encoder", f"{TEXT}.b", "down"),
+        (f"text_encoder_2.{TEXT}.a.lora_magnitude_vector.weight", "text_encoder_2", f"{TEXT}.a", "magnitude"),
     ],
 )  # fmt: skip
 def test_names_of_files(key: str, part: str, path: str, kind: str) -> None:
@@ -256,17 +260,18 @@ def changed(
 
 
 Q = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+P = Q.replace("to_q", "to_p")
 
 
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({f"{Q.replace('to_q', 'to_p')}.lora_A.weight": torch.ones(2, 64), f"{Q.replace('to_q', 'to_p')}.lora_B.weight": torch.ones(64, 2)}, r"attn1\.to_p \(nearest: .*attn1\.to_"),
+        ({f"{P}.lora_A.weight": torch.ones(2, 9), f"{P}.lora_B.weight": torch.ones(9, 2)}, r"to_p \(nearest: .*to_"),
         ({f"{Q}.lora_A.weight": torch.ones(2, 63)}, r"attn1\.to_q has weights of \[2, 63\].*\[2, 64\]"),
         ({f"{Q}.lora_B.weight": torch.ones(65, 2)}, r"\[65, 2\].*\[64, 2\]"),
         ({f"{Q}.lora_B.weight": torch.ones(64, 3)}, r"weights of \[2, 64\] and \[64, 3\]"),
         ({f"{Q}.lora_B.weight": None}, r"attn1\.to_q has down but no up"),
-        ({f"{Q}.lora_A.weight": torch.full((2, 64), float("nan"))}, r"attn1\.to_q\.lora_A\.weight has 128 of 128 values"),
+        ({f"{Q}.lora_A.weight": torch.full((2, 64), float("nan"))}, r"to_q\.lora_A\.weight has 128 of 128 values"),
         ({f"{Q}.hada_w1_a": torch.ones(2, 2)}, r"1 of \d+ tensors belong to no LoRA, .*hada_w1_a"),
         ({f"{Q}.lora_magnitude_vector": torch.ones(64)}, "some layers of unet have DoRA's norms"),
         ({f"{Q}.lora_magnitude_vector": torch.ones(9)}, r"norms of \[9\]"),

@@ -173,12 +173,12 @@ def unet(micro: int | None = None, activations: str = "keep", precision: str = "
 STREAMED = {"weights": "stream", "update": "deferred", "state": "host"}
 SMALL_UNET = small_unet(4)
 POLICIES: dict[str, tuple[Builder, MemoryPolicy]] = {
-    "GAN by four, recomputed, offloaded, deferred": (GAN, gan(4, "recompute", "offload", update="deferred")),
     "UNet fused, recomputed, on the host": (SMALL_UNET, unet(None, "recompute", update="fused", state="host")),
     "UNet by two, deferred, bf16": (SMALL_UNET, unet(2, precision="bf16", update="deferred")),
 }
 LONG: dict[str, tuple[Builder, MemoryPolicy]] = {
     "GAN whole": (GAN, gan()),
+    "GAN by four, recomputed, offloaded, deferred": (GAN, gan(4, "recompute", "offload", update="deferred")),
     "GAN deferred": (GAN, gan(update="deferred")),
     "GAN by four": (GAN, gan(4)),
     "GAN by four, offloaded": (GAN, gan(4, "offload", "offload", ema="host")),

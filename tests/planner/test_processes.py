@@ -130,7 +130,7 @@ def test_blocks_come_one_by_one_and_stay_for_a_second_derivative(pieces: Pieces)
     assert gathered("D") < 0.9 * whole
 
 
-@pytest.mark.parametrize("fsdp", ["none", "shard", pytest.param("offload", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("fsdp", ["none", *(pytest.param(k, marks=pytest.mark.slow) for k in ("shard", "offload"))])
 def test_a_plan_is_for_each_of_the_processes(fsdp: str) -> None:
     where = make.place(6 * GIB, "RTX 2060")
     request = make.Request(

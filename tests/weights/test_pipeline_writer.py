@@ -112,8 +112,8 @@ def test_folder_to_folder(folders: dict[str, Path], images: dict[str, Tensor], f
         written = load_file(out / part / f"{name}.safetensors")
         assert_same(written, full(load_file(next((source / part).glob("*.safetensors")))))
         assert not part.startswith("text") or "text_model.embeddings.token_embedding.weight" in written
-    written = {str(file.relative_to(out)) for file in out.rglob("*")}
-    assert written == {str(file.relative_to(source)) for file in source.rglob("*")}
+    found = {str(file.relative_to(out)) for file in out.rglob("*")}
+    assert found == {str(file.relative_to(source)) for file in source.rglob("*")}
     for file in (*source.rglob("*.json"), *source.rglob("*.txt")):
         other = out / file.relative_to(source)
         same = json.loads if file.suffix == ".json" else str
@@ -190,27 +190,24 @@ def test_another_type(folders: dict[str, Path], tmp_path: Path) -> None:
     assert not (tmp_path / "fp16").exists()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "layout"), [("sd1", "folder"), ("sd2", "single_file"), ("sdxl", "folder")])
 def test_schedule_that_training_changed(
-    folders: dict[str, Path], files: dict[str, Path], family: str, tmp_path: Path
+    folders: dict[str, Path], files: dict[str, Path], family: str, layout: str, tmp_path: Path
 ) -> None:
-    for source in (folders[family], files[family]):
-        out = tmp_path / source.name
-        write_folder(out, open_pipeline(source), {}, scheduler=ZERO_SNR)
-        scheduler = tiny_pipelines.load_pipeline(out).scheduler
-        assert {name: scheduler.config[name] for name in ZERO_SNR} == ZERO_SNR
-        assert scheduler.alphas_cumprod[-1] < 1e-6
-        file = tmp_path / "x.safetensors"
-        write_single_file(file, open_pipeline(source), {}, scheduler=ZERO_SNR)
-        found = open_pipeline(file).config("scheduler")
-        assert found["prediction_type"] == "v_prediction"
-        assert {name: found[name] for name in ZERO_SNR} == ZERO_SNR
-        if source.is_dir():
-            diffusers_file(file, source)  # the marks don't disturb it
-        back = {"prediction_type": "epsilon", "rescale_betas_zero_snr": False}
-        write_single_file(tmp_path / "back.safetensors", open_pipeline(file), {}, scheduler=back)
-        assert open_pipeline(tmp_path / "back.safetensors").config("scheduler")["prediction_type"] == "epsilon"
-        assert set(load_file(tmp_path / "back.safetensors")) == set(load_file(files[family]))
+    source = folders[family] if layout == "folder" else files[family]
+    out, file, back = tmp_path / "out", tmp_path / "x.safetensors", tmp_path / "back.safetensors"
+    write_folder(out, open_pipeline(source), {}, scheduler=ZERO_SNR)
+    scheduler = tiny_pipelines.load_pipeline(out).scheduler
+    assert {name: scheduler.config[name] for name in ZERO_SNR} == ZERO_SNR
+    assert scheduler.alphas_cumprod[-1] < 1e-6
+    write_single_file(file, open_pipeline(source), {}, scheduler=ZERO_SNR)
+    found = open_pipeline(file).config("scheduler")
+    assert {name: found[name] for name in ZERO_SNR} == ZERO_SNR
+    diffusers_file(file, folders[family])  # the marks don't disturb it
+    plain = {"prediction_type": "epsilon", "rescale_betas_zero_snr": False}
+    write_single_file(back, open_pipeline(file), {}, scheduler=plain)
+    assert open_pipeline(back).config("scheduler")["prediction_type"] == "epsilon"
+    assert set(load_file(back)) == set(load_file(files[family]))
 
 
 def test_folder_without_an_index(folders: dict[str, Path], images: dict[str, Tensor], tmp_path: Path) -> None:
