@@ -271,7 +271,11 @@ def _trainings(parts: Sequence[str]) -> list[str]:
 def shortcomings(points: Sequence[dict[str, Any]]) -> list[str]:
     """Claims of the benchmark that the points do not bear out, in words."""
     by_name = {point["name"]: point["details"] for point in points}
-    begins = {"textual_inversion": "before_word", "dreambooth": "before_instance", "dreambooth_alone": "before_instance"}
+    begins = {
+        "textual_inversion": "before_word",
+        "dreambooth": "before_instance",
+        "dreambooth_alone": "before_instance",
+    }
     wrong = []
     for name in _trainings(PARTS):
         for reference in ("learned", "held_out"):

@@ -116,7 +116,7 @@ def captions_of(trainer: Trainer, micro: MicroBatch) -> list[str]:
 CASES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "sd2 full": ("sd2", "finetune", ("ema.enabled=true", "text.train=true")),
     "sdxl full": ("sdxl", "finetune", ("loss.min_snr_gamma=null", "memory.weights_dtype.denoiser=fp32")),
-    "sd1 lora": ("sd1", "lora", ("text.train=true", "ema.enabled=true", "lora.dropout=0.3", "lora.targets=[all]")),
+    "sd1 lora": ("sd1", "lora", ("text.train=true", "ema.enabled=true", "lora.dropout=0.3")),
     "sd2 lora": ("sd2", "lora", ("lora.dora=true", "lora.alpha=8")),
     "sdxl lora": ("sdxl", "lora", ("text.train=true", "lora.dora=true", "ema.enabled=true")),
 }

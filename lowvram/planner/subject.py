@@ -57,6 +57,8 @@ def fake_card(mode: FakeTensorMode | None = None, *, triton: bool = False) -> It
         stack.enter_context(standin.cuda(triton))
         stack.enter_context(cuda_autocast_on_cpu())
         stack.enter_context(mock.patch.object(nn.Module, "to", _to))
+        for name, dtype in (("float", torch.float32), ("half", torch.float16), ("bfloat16", torch.bfloat16)):
+            stack.enter_context(mock.patch.object(nn.Module, name, lambda module, dtype=dtype: _to(module, dtype)))
         yield stack.enter_context(mode or FakeTensorMode(allow_non_fake_inputs=True))
 
 

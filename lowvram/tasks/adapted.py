@@ -24,13 +24,14 @@ Kind = Literal["stylegan", "pipeline", "lora", "embedding"]
 
 _RECIPES = {"sd1": "sd15_finetune", "sd2": "sd21_finetune", "sdxl": "sdxl_finetune"}
 _MOST_OF_A_WORD = 2  # tensors
+_LEAST_WIDTH = 32  # of an encoder that a word could be for
 
 
 def kind_of(path: Path) -> Kind:
     """What a file or folder of weights is.
 
     Raises:
-        LowVRAMError: it is not there, or can't be read.
+        LowVRAMError: it is not there, can't be read, or is something else.
     """
     if not path.exists():
         raise LowVRAMError(f"weights={path} is not there.", "Give a file, or a folder of a pipeline.")
@@ -47,7 +48,14 @@ def kind_of(path: Path) -> Kind:
             return "pipeline"
         if any(lora_names.parse(name) is not None for name in file.names):
             return "lora"
-        return "embedding" if len(file.names) <= _MOST_OF_A_WORD else "pipeline"
+        if len(file.names) <= _MOST_OF_A_WORD and all(file.shape(n)[-1:] >= (_LEAST_WIDTH,) for n in file.names):
+            return "embedding"
+        raise LowVRAMError(
+            f"weights={path} holds no weights that are known, but {len(file.names)} tensors such as {file.names[0]}."
+            if file.names
+            else f"weights={path} is empty.",
+            "Give StyleGAN2, or Stable Diffusion's whole pipeline, a LoRA or the embedding of a word.",
+        )
 
 
 class Adapted(FineTuned):

@@ -107,8 +107,9 @@ def make_class_images(
     """
     place = Path(str(class_settings(settings, folder).data.path)).expanduser()
     names = [f"{number:05d}.png" for number in range(settings.prior.images)]
-    there = {path.name for path in place.glob("*")} if place.is_dir() else set()
-    if len(there - {"captions.txt"}) >= settings.prior.images:
+    there = {path.name for path in place.iterdir()} if place.is_dir() else set()
+    whole = {name for name in there if not name.startswith(".") and name != "captions.txt"}  # not: begun, and cut off
+    if len(whole) >= settings.prior.images:
         return
     missing = [number for number, name in enumerate(names) if name not in there]
     say(f"making {len(missing)} images of {settings.prior.prompt!r} in {place}, once")

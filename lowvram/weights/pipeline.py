@@ -333,7 +333,7 @@ def _place(network: nn.Module, key: str, target: Tensor, value: Tensor) -> None:
         target.copy_(value)
         return
     module, _, name = key.rpartition(".")
-    own = torch.empty_like(target, device="cpu").copy_(value)
+    own = value.to(target.dtype)  # in memory of its own already
     is_parameter = isinstance(target, nn.Parameter)
     setattr(network.get_submodule(module), name, nn.Parameter(own, target.requires_grad) if is_parameter else own)
 

@@ -52,13 +52,24 @@ def pieces() -> Iterator[Pieces]:
 @pytest.mark.parametrize(
     "policy",
     [
-        MemoryPolicy(),
-        MemoryPolicy(phases={"adapter": PhasePolicy(activations="recompute", micro_batch=4)}),
-        MemoryPolicy(frozen="stream"),
-        MemoryPolicy(frozen="stream", phases={"adapter": PhasePolicy(micro_batch=4)}),
-        MemoryPolicy(frozen="stream", optimizers={"adapter": OptimizerPolicy(update="deferred", state="host")}),
+        pytest.param(MemoryPolicy(), id="kept"),
+        pytest.param(
+            MemoryPolicy(phases={"adapter": PhasePolicy(activations="recompute", micro_batch=4)}),
+            id="recomputed",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(MemoryPolicy(frozen="stream"), id="streamed"),
+        pytest.param(
+            MemoryPolicy(frozen="stream", phases={"adapter": PhasePolicy(micro_batch=4)}),
+            id="streamed in halves",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            MemoryPolicy(frozen="stream", optimizers={"adapter": OptimizerPolicy(update="deferred", state="host")}),
+            id="streamed and deferred",
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=["kept", "recomputed", "streamed", "streamed in halves", "streamed and deferred"],
 )
 def test_a_composed_policy_is_what_the_machinery_needs(pieces: Pieces, policy: MemoryPolicy) -> None:
     estimator = Estimator(pieces, Structure.of(policy), CARD)

@@ -59,7 +59,7 @@ def test_a_published_pickle_is_sampled_from_the_command_line(tmp_path: Path) -> 
     run_command("sample", f"weights={path}", "n=3", "classes=0,2", "device=cpu", cwd=tmp_path)
     assert len(list((tmp_path / "outputs" / "animals" / "samples").glob("seed*.png"))) == 3
     out = tmp_path / "animals.safetensors"
-    run_command("convert", f"weights={path}", f"out={out}", cwd=tmp_path)
+    run_command("convert", f"weights={path}", "to=stylegan", f"out={out}", cwd=tmp_path)
     for first, second in ((path, out),):
         a, b = load_weights(first, device="cpu"), load_weights(second, device="cpu")
         assert torch.equal(a.sample(2, classes=[1]), b.sample(2, classes=[1]))
@@ -68,10 +68,10 @@ def test_a_published_pickle_is_sampled_from_the_command_line(tmp_path: Path) -> 
 def test_what_can_not_be_read_or_written_is_said(trained: Path, tmp_path: Path) -> None:
     bad = tmp_path / "bad.safetensors"
     save_file({"x": torch.zeros(1)}, bad)
-    with pytest.raises(LowVRAMError, match="holds no StyleGAN2 networks"):
+    with pytest.raises(LowVRAMError, match="holds no weights that are known"):
         load_weights(bad, device="cpu")
     out = tmp_path / "a.safetensors"
-    run_command("convert", f"run={trained}", f"out={out}", cwd=tmp_path)
+    run_command("convert", f"run={trained}", "to=stylegan", f"out={out}", cwd=tmp_path)
     whole = out.read_bytes()
     for damaged in (whole[:100], whole[:-5], (1 << 60).to_bytes(8, "little") + whole[8:], b""):
         bad.write_bytes(damaged)
@@ -91,5 +91,6 @@ def test_what_can_not_be_read_or_written_is_said(trained: Path, tmp_path: Path) 
         ((f"run={trained}", f"out={tmp_path / 'b.safetensors'}", "to=onnx"), "to=onnx is not known"),
         ((f"out={tmp_path / 'b.safetensors'}",), "needs a run or weights"),
     ):
-        assert text in run_command("convert", *words, cwd=tmp_path, code=2).stderr
+        to = () if any(word.startswith("to=") for word in words) else ("to=stylegan",)
+        assert text in run_command("convert", *words, *to, cwd=tmp_path, code=2).stderr
     assert "needs a run or weights" in run_command("sample", cwd=tmp_path, code=2).stderr
