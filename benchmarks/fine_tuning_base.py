@@ -77,9 +77,14 @@ def make(home: Path, *, faces: int, autoencoder_kimg: float, kimg: float, seed: 
     write_random(random, network, seed)
     papers: list[Paper] = [WHITE, *PAPERS.items()]
     draw(known, range(faces), paper=lambda index: papers[index % len(papers)])
+    return _pretrained(home, random, known, kimg, seed)
+
+
+def _pretrained(home: Path, random: Path, known: Path, kimg: float, seed: int) -> Path:
+    """Train the UNet and the text encoder, and export their averages."""
     words = [
         *(f"weights={random}", f"data.path={known}", f"out={home / 'runs' / 'base'}", f"kimg={kimg}", f"seed={seed}"),
-        *("batch=16", "device=cpu", "text.train=true", "optimizer.lr=1e-3", "optimizer.schedule=cosine"),
+        *("batch=8", "device=cpu", "text.train=true", "optimizer.lr=1e-3", "optimizer.schedule=cosine"),
         *("optimizer.final_lr=0.05", "ema.enabled=true", "ema.half_life_kimg=0.5", "optimizer.warmup_kimg=0.2"),
         *common(home),
     ]
@@ -125,6 +130,11 @@ def _autoencoder(home: Path, faces: int, kimg: float, seed: int) -> Autoencoder:
     words += ["snapshot_kimg=1000", "log_kimg=0.25", "grid=16", "device=cpu"]
     print(f"the autoencoder: {kimg:g} kimg", flush=True)
     Trainer(load_recipe("faces64_vae", words), quiet=True).fit()
+    return _scaled(out, folder)
+
+
+def _scaled(out: Path, folder: Path) -> Autoencoder:
+    """The autoencoder of a run, with the scale of its latents measured on pictures of the folder."""
     task = load_run(out, device="cpu")
     assert isinstance(task, AutoencoderTask)
     images = open_dataset(folder, resolution=RESOLUTION)

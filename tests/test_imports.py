@@ -32,6 +32,8 @@ NEVER = {
     "data": ("tasks", "trainer", "memory", "planner", "models", "objectives"),
     "metrics": ("tasks", "trainer", "memory", "planner", "objectives"),
     "sampling": ("tasks", "trainer", "memory", "planner", "objectives"),
+    "weights": ("tasks", "trainer", "memory", "planner", "models", "objectives"),
+    "adapters": ("tasks", "trainer", "memory", "planner", "models", "objectives", "data"),
     "tasks": ("trainer", "memory", "planner"),
     "trainer": ("models", "objectives"),
     "phase": ("models", "objectives", "tasks", "memory", "planner"),

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowvram import libraries
 from lowvram.adapters.twin import Branch, Twin
 from lowvram.errors import LowVRAMError
 
@@ -311,13 +312,7 @@ def plain_state(network: nn.Module) -> dict[str, Tensor]:
 
 
 def _peft() -> ModuleType:
-    try:
-        import peft
-    except ImportError as error:
-        raise LowVRAMError(
-            f"adapters need peft, which can't be imported: {error}.", "pip install 'lowvram[finetune]'"
-        ) from error
-    return peft
+    return libraries.load("peft", "an adapter", "pip install 'lowvram[finetune]'")
 
 
 @torch.no_grad()

@@ -7,7 +7,6 @@ keeps none of it in between.
 """
 
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any, Literal
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from lowvram import libraries
 from lowvram.errors import LowVRAMError
 
 Kind = Literal["nf4", "fp4"]
@@ -69,17 +69,23 @@ class PackedLinear(nn.Linear):
 
 
 class _Multiply(torch.autograd.Function):
-    """x W^T + b. Saves no tensor: the backward unpacks the weight again, wherever it then is."""
+    """x W^T + b. The backward unpacks the weight again, wherever it then is.
+
+    It saves a tensor of no size, by which the backward asks for what the forward saved: in a block that streams or is
+    recomputed that brings the block back first.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: PackedLinear) -> Tensor:
         ctx.layer = layer
+        ctx.save_for_backward(x.new_empty(0))
         bias = None if layer.bias is None else layer.bias.to(x.dtype)
         return F.linear(x, layer.weight.to(x.dtype), bias)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        _ = ctx.saved_tensors
         return grad @ ctx.layer.weight.to(grad.dtype), None
 
 
@@ -166,11 +172,6 @@ def _unpack_scales(stored: Tensor, count: int) -> Tensor:
     return floats[0] + counts * steps
 
 
-def _bitsandbytes() -> ModuleType:
-    try:
-        import bitsandbytes
-    except ImportError as error:
-        raise LowVRAMError(
-            f"4-bit weights need bitsandbytes, which can't be imported: {error}.", "pip install bitsandbytes"
-        ) from error
-    return bitsandbytes  # type: ignore[no-any-return]
+def _bitsandbytes() -> None:
+    """Have its operators registered."""
+    libraries.load("bitsandbytes", "base=nf4, weights of 4 bits,", "pip install bitsandbytes")

@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from lowvram import libraries
 from lowvram.errors import LowVRAMError
 from lowvram.models.text import TooLong, check_too_long, shortened
 
@@ -257,14 +258,8 @@ def _empty_encoder(transformers: ModuleType, config: dict[str, Any], dtype: torc
 
 
 def _transformers() -> ModuleType:
-    try:
-        import transformers
-    except ImportError as error:
-        raise LowVRAMError(
-            f"a CLIP text encoder needs transformers, which can't be imported: {error}.",
-            "pip install 'lowvram[text]', or use the small text encoder that is trained along.",
-        ) from error
-    return transformers
+    remedy = "pip install 'lowvram[text]', or use the small text encoder that is trained along."
+    return libraries.load("transformers", "a CLIP text encoder", remedy)
 
 
 def _find(path: Path) -> list[tuple[Path, Path]]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from lowvram import seeded, standin
 from lowvram.data import ImageSet
+from lowvram.data.caption_variants import variants_of
 from lowvram.ema import ExponentialMovingAverage
 from lowvram.models.autoencoder import sample_latents
 from lowvram.noise import Predict
@@ -21,7 +23,7 @@ from lowvram.settings import Settings, StableDiffusionSettings
 from lowvram.tasks import Place, codec, fine_tuned, instances, published
 from lowvram.tasks.codec import Codec
 from lowvram.tasks.fine_tuned import FineTuned
-from lowvram.tasks.latent import LATENT_OPTIONS, LatentTask
+from lowvram.tasks.latent import LATENT_OPTIONS, LatentTask, Wishes
 from lowvram.tasks.pipeline_text import PipelineText
 from lowvram.tasks.step_size import StepSizes
 
@@ -137,6 +139,14 @@ class StableDiffusionTask(LatentTask):
             self.condition.null(None, self.settings.sampling.negative)
 
     def _loss(self, micro: MicroBatch) -> Tensor:
+        if standin.active() or not (self.settings.train == "lora" and self.settings.lora.dropout):
+            return self._error(micro)
+        # Dropout draws from torch's own generator: by the samples' seeds, or a resumed run would go on otherwise.
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(seeded.mix(*micro.seeds.tolist()))
+            return self._error(micro)
+
+    def _error(self, micro: MicroBatch) -> Tensor:
         """The squared error of what the UNet predicts, on latents drawn from the autoencoder's distribution."""
         settings, channels = self.settings, self.settings.latent.channels
         moments = micro.images.to(self.device)  # [b, 2 C or, with a mask, 2 C + 1, h, w]
@@ -212,6 +222,19 @@ class StableDiffusionTask(LatentTask):
     def sample(self, n: int, seed: int = 0, **options: Any) -> Tensor:
         return super().sample(n, seed, **{"negative": self.settings.sampling.negative, **options})
 
+    def _told(self, wishes: Wishes, n: int, start: int) -> dict[str, Tensor]:
+        self._take_size(wishes)
+        return super()._told(wishes, n, start)
+
+    def _null(self, wishes: Wishes) -> dict[str, Tensor]:
+        self._take_size(wishes)
+        return super()._null(wishes)
+
+    def _take_size(self, wishes: Wishes) -> None:
+        """SDXL is told the size of what it makes."""
+        width, height = wishes.size or (self.settings.resolution, self.settings.resolution)
+        self.condition.size = (height, width)
+
     def prepare_sampling(self, place: Place | None = None) -> None:
         self.tuned.prepare_sampling(self.device, place)
 
@@ -235,7 +258,9 @@ class StableDiffusionTask(LatentTask):
             return path.read_text(encoding="utf-8").splitlines() or [""]
         if standin.active() or "instances" not in self.__dict__:
             return [""]
-        return list(islice((text for text in self.instances.captions if text), _KEPT_CAPTIONS)) or [""]
+        plain = replace(self.condition.options, shuffle=False, tag_dropout=0.0, variants=1)  # with prefix and suffix
+        texts = (variants_of(text, plain)[0] for text in self.instances.captions if text)
+        return list(islice(texts, _KEPT_CAPTIONS)) or [""]
 
 
 TASK = StableDiffusionTask

@@ -66,7 +66,7 @@ def test_nothing_but_bytes_is_kept_for_the_backward() -> None:
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):  # type: ignore[func-returns-value]
         packed(torch.randn(2, 320, requires_grad=True))
-    assert not kept
+    assert not sum(tensor.numel() for tensor in kept)
     state = {key: tensor.clone() for key, tensor in packed.state_dict().items() if key != "bias"}
     packed.to(torch.bfloat16)  # conversions of floats must not touch the scales
     assert all(torch.equal(packed.state_dict()[key], tensor) for key, tensor in state.items())
@@ -108,7 +108,7 @@ def test_adapters_learn_on_packed_weights(dora: bool) -> None:
         lora.add(unet, rank=1, targets=["attention"], name="other").merge()
 
 
-def test_packed_blocks_stream() -> None:
+def test_packed_blocks_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     unet = small_unet()
     quantize(unet, compute_dtype=torch.float32)
     adapters = lora.add(unet, rank=2, targets=["conv_out"])  # outside of the blocks
@@ -119,10 +119,22 @@ def test_packed_blocks_stream() -> None:
     adapters.zero_grad()
     stream = BlockStream(unet, find_blocks(unet), torch.device("cpu"))
     assert any(p.dtype == torch.uint8 for params in stream.params.values() for p in params)
+    brought = []
+    unpack = PackedLinear.weight.fget  # type: ignore[attr-defined]
+
+    def weight(layer: PackedLinear) -> torch.Tensor:
+        slots = {slot.buffer.untyped_storage().data_ptr() for slot in stream._slots}
+        brought.append(layer.packed.untyped_storage().data_ptr() in slots)
+        return unpack(layer)
+
+    monkeypatch.setattr(PackedLinear, "weight", property(weight))
     with stream.running():
         out = run(unet)
         out.square().mean().backward()
     assert torch.equal(out, wanted)
+    inside = [m for block in find_blocks(unet).values() for m in block.modules() if isinstance(m, PackedLinear)]
+    assert inside and sum(brought) >= 3 * len(inside)  # forward, its recomputation and the backward
+    assert brought.count(False) == 0 or len(inside) < sum(isinstance(m, PackedLinear) for m in unet.modules())
     assert all(torch.equal(p.grad, grad) for p, grad in zip(adapters.parameters(), grads, strict=True))  # type: ignore[arg-type]
 
 

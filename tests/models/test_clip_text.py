@@ -1,9 +1,9 @@
 """CLIP text encoders from folders, against transformers and the pipelines of diffusers, on tiny ones made here."""
 
-import builtins
 import functools
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -296,14 +296,7 @@ def test_a_folder_that_lacks_something_says_what(pipeline, tmp_path, change, mes
 
 
 def test_without_transformers_the_error_names_the_extra(lone, monkeypatch):
-    real = builtins.__import__
-
-    def no_transformers(name, *args, **kwargs):
-        if name == "transformers":
-            raise ImportError("No module named 'transformers'")
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", no_transformers)
+    monkeypatch.setitem(sys.modules, "transformers", None)  # which makes its import fail
     with pytest.raises(LowVRAMError, match=r"needs transformers[^\n]*\n.*lowvram\[text\]"):
         ClipText(lone[0])
 

@@ -75,7 +75,7 @@ def test_what_can_not_be_read_or_written_is_said(trained: Path, tmp_path: Path) 
     whole = out.read_bytes()
     for damaged in (whole[:100], whole[:-5], (1 << 60).to_bytes(8, "little") + whole[8:], b""):
         bad.write_bytes(damaged)
-        with pytest.raises(LowVRAMError, match=r"bad\.safetensors can't be read"):
+        with pytest.raises(LowVRAMError, match=r"bad\.safetensors (can't be read|is )"):
             load_weights(bad, device="cpu")
     networks = stylegan2.read(out)
     networks["G_ema"].state["mapping.w_avg"][0] = float("inf")
