@@ -111,7 +111,7 @@ def test_adapters_learn_on_packed_weights(dora: bool) -> None:
 def test_packed_blocks_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     unet = small_unet()
     quantize(unet, compute_dtype=torch.float32)
-    adapters = lora.add(unet, rank=2, targets=["conv_out"])  # outside of the blocks
+    adapters = lora.add(unet, rank=2, targets=["conv_in"])  # outside of the blocks, before them
     stir(adapters)
     wanted = run(unet)
     wanted.square().mean().backward()
@@ -133,8 +133,8 @@ def test_packed_blocks_stream(monkeypatch: pytest.MonkeyPatch) -> None:
         out.square().mean().backward()
     assert torch.equal(out, wanted)
     inside = [m for block in find_blocks(unet).values() for m in block.modules() if isinstance(m, PackedLinear)]
-    assert inside and sum(brought) >= 3 * len(inside)  # forward, its recomputation and the backward
-    assert brought.count(False) == 0 or len(inside) < sum(isinstance(m, PackedLinear) for m in unet.modules())
+    assert inside and sum(brought) >= 2 * len(inside)
+    assert all(brought)  # in the backward too
     assert all(torch.equal(p.grad, grad) for p, grad in zip(adapters.parameters(), grads, strict=True))  # type: ignore[arg-type]
 
 
