@@ -32,6 +32,12 @@ from lowvram.settings import BY_TASK, Settings, flatten, nearest, settings_class
 
 _CONF = Path(__file__).parent / "conf"
 _Options = TypeVar("_Options")
+# Settings that hold text, commas and all.
+_WORDS = (
+    *("text.prompt", "text.prefix", "text.suffix", "prior.prompt"),
+    *("embedding.token", "embedding.initial", "sampling.negative"),
+)
+_PATHS = ("weights", "out", "resume", "data.path", "data.masks", "latent.path", "latent.folder", "prior.folder")
 
 
 def recipe_names() -> list[str]:
@@ -104,8 +110,24 @@ def settings_values(settings: Settings) -> dict[str, Any]:
 
 
 def short_forms(arguments: list[str]) -> list[str]:
-    """`memory=POLICY` as the setting it stands for: memory.policy=POLICY."""
-    return [f"memory.policy={a.removeprefix('memory=')}" if a.startswith("memory=") else a for a in arguments]
+    """What users type as Hydra reads it: memory=POLICY is memory.policy=POLICY; words and paths have quotes."""
+    return [_quoted(f"memory.policy={a.removeprefix('memory=')}" if a.startswith("memory=") else a) for a in arguments]
+
+
+def _quoted(argument: str) -> str:
+    """`text.prompt=a photo of <me>, smiling` with quotes round the value, which the shell took and Hydra needs.
+
+    A value that begins with one has them. Of paths, those that Hydra can read are left as they are: they may be
+    several, for a sweep.
+    """
+    name, equals, value = argument.partition("=")
+    bare = name.lstrip("+")
+    if not equals or not value or value[0] in "'\"" or value == "null":
+        return argument
+    if bare in _WORDS or (bare in _PATHS and not re.fullmatch(r"[\w/\-\\+.$%*@:?|~, ]*", value)):
+        escaped = value.replace("\\", "\\\\") if value.endswith("\\") else value
+        return name + '="' + escaped.replace('"', '\\"') + '"'
+    return argument
 
 
 def register_recipe_files(arguments: list[str]) -> list[str]:

@@ -40,6 +40,9 @@ class ConvertOptions:
         default="diffusers", metadata=_help("of lora and embedding: diffusers, or kohya for web interfaces")
     )
     dtype: str | None = field(default=None, metadata=_help("fp32, fp16 or bf16 (as the weights came)"))
+    predict: str | None = field(
+        default=None, metadata=_help("with weights: what a Stable Diffusion 2.x predicts, eps or v (as its file says)")
+    )
     checkpoint: str = field(default="latest", metadata=_help("a step's number, or latest"))
 
     def __post_init__(self) -> None:
@@ -47,6 +50,7 @@ class ConvertOptions:
             ("to", self.to, FORMATS),
             ("dtype", self.dtype, (None, *DTYPES)),
             ("layout", self.layout, ("diffusers", "kohya")),
+            ("predict", self.predict, (None, "eps", "v")),
         ):
             if value not in known:
                 raise LowVRAMError(f"{name}={value} is not known.", f"Use one of {', '.join(filter(None, known))}.")
@@ -88,25 +92,32 @@ def _stylegan(options: ConvertOptions, out: Path) -> str:
 
 
 def _stable_diffusion(options: ConvertOptions, out: Path) -> str:
-    from lowvram.tasks import adapted, export, load_run, load_weights
+    from lowvram.tasks import adapted, export, load_run, load_weights, published
     from lowvram.tasks.stable_diffusion import StableDiffusionTask
     from lowvram.weights.pipeline import open_pipeline
 
     dtype = None if options.dtype is None else export.DTYPES[options.dtype]
+    layout = cast(Any, options.layout)
     if options.weights is not None:
-        path = Path(options.weights).expanduser()
-        if options.base is None and adapted.kind_of(path) == "pipeline" and options.to in ("diffusers", "single_file"):
-            return export.write_pipeline(open_pipeline(path), out, options.to, {}, dtype)  # no network is made
-        task = load_weights(options.weights, device="cpu", base=options.base)
+        path, alone = Path(options.weights).expanduser(), options.base is None and "|" not in options.weights
+        kind = adapted.kind_of(path) if alone else None
+        if kind == "pipeline" and options.to in ("diffusers", "single_file"):  # no network is made
+            pipeline = open_pipeline(path, prediction_type=published.prediction_type(options.predict))
+            return export.write_pipeline(pipeline, out, options.to, {}, dtype)
+        if kind in ("lora", "embedding") and kind == options.to:  # in another layout
+            return export.rewrite(path, out, to=kind, dtype=dtype, layout=layout)
+        task = load_weights(options.weights, device="cpu", base=options.base, predict=options.predict, prepared=False)
     else:
-        task = load_run(options.run or "", checkpoint=options.checkpoint, device="cpu", base=options.base)
+        task = load_run(
+            options.run or "", checkpoint=options.checkpoint, device="cpu", base=options.base, prepared=False
+        )
     if not isinstance(task, StableDiffusionTask):
         raise LowVRAMError(
             f"{options.run or options.weights} is of task={task.settings.task}, and to={options.to} is for Stable "
             "Diffusion.",
             "StyleGAN2 has to=stylegan.",
         )
-    return export.write(task, out, to=options.to, dtype=dtype, layout=cast(Any, options.layout))
+    return export.write(task, out, to=options.to, dtype=dtype, layout=layout)
 
 
 if __name__ == "__main__":

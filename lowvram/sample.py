@@ -40,7 +40,10 @@ class SampleOptions:
     base: str | None = field(
         default=None, metadata=_help("Stable Diffusion: the weights that a LoRA, a word or a run stands on")
     )
-    scale: float = field(default=1.0, metadata=_help("Stable Diffusion: how much a LoRA counts"))
+    scale: float | None = field(default=None, metadata=_help("with weights: how much a LoRA counts (1)"))
+    predict: str | None = field(
+        default=None, metadata=_help("with weights: what a Stable Diffusion 2.x predicts, eps or v (as its file says)")
+    )
     vram: str | None = field(default=None, metadata=_help("memory of the card, such as 6GB (what the card has)"))
     n: int | None = field(default=None, metadata=_help("images (16); with interpolate, walks side by side"))
     seed: int = field(default=0, metadata=_help("image i depends on the seed and i alone"))
@@ -77,6 +80,11 @@ class SampleOptions:
             raise LowVRAMError(
                 "sample needs a run or weights, one of them.", "Write run=outputs/faces32, or weights=stylegan2.pkl."
             )
+        for name in ("scale", "predict"):
+            if self.run is not None and getattr(self, name) is not None:
+                raise LowVRAMError(f"{name}={getattr(self, name)} is for weights, not for a run.", "Leave it out.")
+        if self.predict not in (None, "eps", "v"):
+            raise LowVRAMError(f"predict={self.predict} is not known.", "Use eps or v.")
         for name in ("n", "micro_batch", "fps", "steps"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -101,7 +109,12 @@ def main(options: SampleOptions) -> None:
         if options.weights is not None:
             run = Path("outputs") / Path(options.weights.split("|")[0]).stem
             task = load_weights(
-                options.weights, device=options.device, base=options.base, scale=options.scale, place=place
+                options.weights,
+                device=options.device,
+                base=options.base,
+                scale=1.0 if options.scale is None else options.scale,
+                predict=options.predict,
+                place=place,
             )
         else:
             run = Path(options.run or "").expanduser()
@@ -110,7 +123,7 @@ def main(options: SampleOptions) -> None:
     print(f"lowvram: wrote {path}")
 
 
-def _place(options: SampleOptions, stack: ExitStack) -> Callable[[Any, Any], None]:
+def _place(options: SampleOptions, stack: ExitStack) -> Callable[[Any, Any], Any]:
     """Cap the card; what brings networks there, whole if that leaves room, else block by block.
 
     stack: what they need is held until it closes.
@@ -125,10 +138,7 @@ def _place(options: SampleOptions, stack: ExitStack) -> Callable[[Any, Any], Non
     for message in capped.messages:
         print(f"lowvram: {message}")
 
-    def place(network: Any, device: Any) -> None:
-        place_within(capped, network, device, stack)
-
-    return place
+    return partial(place_within, capped, stack)
 
 
 def _written(options: SampleOptions, task: Any, run: Path) -> str:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from lowvram.errors import LowVRAMError
 from lowvram.memory.guard import Meter, PhaseCost, cap, in_gb
 from lowvram.memory.recovery import free_memory
 from lowvram.memory.rescue import Rescue
+from lowvram.memory.sampling import place_within
 from lowvram.phase import Phase
 from lowvram.planner import picture
 from lowvram.planner.training import apply_to, choose
@@ -127,7 +128,9 @@ class Trainer:
         free_memory(self.device)
 
     def _prepare_data(self) -> None:
-        task_class(self.recipe).prepare_data(self.recipe, self.device, self.run.folder, self.progress.say)
+        with ExitStack() as stack:
+            place = partial(place_within, self.cap, stack)
+            task_class(self.recipe).prepare_data(self.recipe, self.device, self.run.folder, self.progress.say, place)
 
     # Training.
 

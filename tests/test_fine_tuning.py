@@ -40,8 +40,8 @@ class World:
     def __init__(self, home: Path) -> None:
         self.home = home
         self.pictures = make_pictures(home / "pictures")
-        self.folders = {family: make_pipeline(home / family, family) for family in FAMILIES}
-        self.theirs = {family: load_pipeline(folder) for family, folder in self.folders.items()}
+        self.folders: dict[str, Path] = {family: make_pipeline(home / family, family) for family in FAMILIES}
+        self.theirs: dict[str, Any] = {family: load_pipeline(folder) for family, folder in self.folders.items()}
         self._runs = 0
 
     def trainer(self, recipe: str, family: str, *words: str, pictures: bool = True) -> Trainer:
@@ -86,7 +86,13 @@ def micro_batch(trainer: Trainer, batch: Any) -> MicroBatch:
 
 
 def their_loss(
-    pipeline: Any, micro: MicroBatch, captions: list[str], *, gamma: float | None = None, half: bool = True
+    pipeline: Any,
+    micro: MicroBatch,
+    captions: list[str],
+    *,
+    gamma: float | None = None,
+    offset: float = 0.0,
+    half: bool = True,
 ) -> Tensor:
     """Mean squared error by diffusers' UNet and noise scheduler, each sample weighed by its level."""
     scale = pipeline.vae.config.scaling_factor
@@ -94,6 +100,7 @@ def their_loss(
     std = (0.5 * log_variance.clamp(-30, 20)).exp()
     x0 = (mean + std * seeded.randn(micro.seeds, *mean.shape[1:], stream="latent")) * scale
     noise = seeded.randn(micro.seeds, *x0.shape[1:], stream="diffusion.noise")
+    noise = noise + offset * seeded.randn(micro.seeds, len(noise[0]), 1, 1, stream="diffusion.offset")
     times = (seeded.rand(micro.seeds, stream="diffusion.level") * 1000).long()
     scheduler = diffusers.DDPMScheduler.from_config(pipeline.scheduler.config)
     out = pipeline.unet(scheduler.add_noise(x0, noise, times), times, **told(pipeline, captions, half=half)).sample
@@ -115,7 +122,11 @@ def captions_of(trainer: Trainer, micro: MicroBatch) -> list[str]:
 
 CASES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "sd2 full": ("sd2", "finetune", ("ema.enabled=true", "text.train=true")),
-    "sdxl full": ("sdxl", "finetune", ("loss.min_snr_gamma=null", "memory.weights_dtype.denoiser=fp32")),
+    "sdxl full": (
+        "sdxl",
+        "finetune",
+        ("loss.min_snr_gamma=null", "loss.offset_noise=0.1", "memory.weights_dtype.denoiser=fp32"),
+    ),
     "sd1 lora": ("sd1", "lora", ("text.train=true", "ema.enabled=true", "lora.dropout=0.3")),
     "sd2 lora": ("sd2", "lora", ("lora.dora=true", "lora.alpha=8")),
     "sdxl lora": ("sdxl", "lora", ("text.train=true", "lora.dora=true", "ema.enabled=true")),
@@ -131,9 +142,10 @@ def test_the_first_loss_and_what_changes(case: str, world: World) -> None:
     begun = networks(trainer)
     first, second = batches(trainer, 2)
     micro = micro_batch(trainer, first)
-    gamma, live = settings.loss.min_snr_gamma, settings.text.train
+    loss, half = settings.loss, not settings.text.train
     with torch.no_grad():  # LoRA and DoRA begin as the weights are
-        wanted = their_loss(pipeline, micro, captions_of(trainer, micro), gamma=gamma, half=not live)
+        captions, gamma = captions_of(trainer, micro), loss.min_snr_gamma
+        wanted = their_loss(pipeline, micro, captions, gamma=gamma, offset=loss.offset_noise, half=half)
     assert trainer.train_step(first).losses["denoiser"] == pytest.approx(float(wanted), rel=1e-5)
     trainer.train_step(second)
     ended = networks(trainer)

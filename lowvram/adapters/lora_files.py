@@ -173,6 +173,16 @@ def write(
     write_tensors(path, {key: entry(tensor) for key, tensor in tensors.items()}, notes | dict(metadata or {}))
 
 
+def state_of(layers: Mapping[str, Layer]) -> dict[str, Tensor]:
+    """The layers of a part as the state dict of a `lora.Adapters`, which `write` takes."""
+    state: dict[str, Tensor] = {}
+    for path, layer in layers.items():
+        state |= {f"{path}.lora_A.weight": layer.down, f"{path}.lora_B.weight": layer.up}
+        if layer.magnitude is not None:
+            state[f"{path}.lora_magnitude_vector.weight"] = layer.magnitude
+    return state
+
+
 # Reading.
 
 

@@ -171,6 +171,7 @@ class _Place:
         ids, self.ids = self.ids, None
         rows = torch.cat([list(rows.parameters())[self.encoder] for rows in self.embeddings.rows])  # [V, D]
         assert ids is not None
+        rows = rows.to(ids.device)  # they are part of neither network that a sampler moves
         new = F.embedding((ids - self.first).clamp(min=0), rows).to(output.dtype)  # [B, L, D]
         return torch.where((ids >= self.first)[..., None], new, output)
 

@@ -12,10 +12,11 @@ from lowvram.memory.stream import BlockStream
 _SHARE = 0.75  # of the card that weights may fill; the rest is for activations and the autoencoder
 
 
-def place_within(cap: Cap, network: nn.Module, device: torch.device, stack: ExitStack) -> bool:
+def place_within(cap: Cap, stack: ExitStack, network: nn.Module, device: torch.device) -> bool:
     """Bring a network to a device in whose memory it fits; returns whether it streams from the host.
 
-    stack: the network can be called, without gradients, until it is closed.
+    stack: the network can be called, without gradients, until it is closed. What asks for gradients, such as low-rank
+    weights inside it, is on the device throughout.
 
     Raises:
         LowVRAMError: it has to stream, and shows no blocks.
@@ -25,5 +26,6 @@ def place_within(cap: Cap, network: nn.Module, device: torch.device, stack: Exit
     if device.type == "cpu" or weights_bytes <= _SHARE * room_bytes:
         network.to(device)
         return False
-    stack.enter_context(BlockStream(network, find_blocks(network), device).running())
+    trained = [p for p in network.parameters() if p.requires_grad]
+    stack.enter_context(BlockStream(network, find_blocks(network), device, stay=trained).running())
     return True

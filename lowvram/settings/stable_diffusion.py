@@ -190,6 +190,22 @@ class StableDiffusionSettings(Settings):
             raise LowVRAMError(
                 "base=nf4 with train=full: weights of 4 bits can't be trained.", "Use train=lora, or leave base out."
             )
+        if self.train == "full" and self.text.train and self.text.dtype not in ("auto", "fp32"):
+            raise LowVRAMError(
+                f"text.dtype={self.text.dtype} with text.train=true: text encoders that are trained whole are fp32.",
+                "Leave text.dtype out, or use train=lora.",
+            )
+        if self.latent.recipe is not None:
+            raise LowVRAMError(
+                f"latent.recipe={self.latent.recipe}: the weights have an autoencoder of their own.",
+                "Leave it out; latent.path names another one.",
+            )
+        if self.family == "sdxl" and self.latent.crops > 1:
+            raise LowVRAMError(
+                f"latent.crops={self.latent.crops} with family=sdxl, which is told where an image was cut: that is "
+                "known of the first crop alone.",
+                "Use latent.crops=1.",
+            )
         if self.train == "textual_inversion" and self.text.train:
             raise LowVRAMError(
                 "text.train=true with train=textual_inversion: there the word alone is trained.",

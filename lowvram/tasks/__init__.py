@@ -20,9 +20,9 @@ from lowvram.errors import LowVRAMError
 from lowvram.kernels import dispatch
 from lowvram.phase import Phase
 from lowvram.run import Run
-from lowvram.settings import Settings
+from lowvram.settings import Settings, StableDiffusionSettings
 
-Place = Callable[[nn.Module, torch.device], None]
+Place = Callable[[nn.Module, torch.device], object]
 
 
 class Task(ABC):
@@ -66,10 +66,17 @@ class Task(ABC):
         return None
 
     @classmethod  # noqa: B027 - a task may have nothing to prepare
-    def prepare_data(cls, settings: Settings, device: torch.device, folder: Path, say: Callable[[str], None]) -> None:
+    def prepare_data(
+        cls,
+        settings: Settings,
+        device: torch.device,
+        folder: Path,
+        say: Callable[[str], None],
+        place: Place | None = None,
+    ) -> None:
         """Write what training reads from the disk, where it is not there yet. Called in one process, before making one.
 
-        folder: of the run, which may not be there yet.
+        folder: of the run, which may not be there yet. place: see `prepare_sampling`, where that is needed for it.
         """
 
     @cached_property
@@ -211,6 +218,7 @@ def load_run(
     device: str = "auto",
     base: str | Path | None = None,
     place: Place | None = None,
+    prepared: bool = True,
 ) -> Task:
     """A trained run, ready to sample from: its averaged networks, in evaluation mode.
 
@@ -220,6 +228,7 @@ def load_run(
         device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N".
         base: the published weights that a fine-tuned run stands on, where they lie elsewhere than at its training.
         place: see `Task.prepare_sampling`.
+        prepared: False leaves the networks on the host, with the weights as they were trained: to be written elsewhere.
     """
     run = Run.open(run_folder)
     path = run.find_checkpoint(checkpoint)
@@ -232,12 +241,15 @@ def load_run(
         raise LowVRAMError(
             f"the run stands on {settings.weights}, which is not there.", "Say where those weights are: base=PATH."
         )
+    if not prepared and isinstance(settings, StableDiffusionSettings) and settings.base == "nf4":
+        settings = replace(settings, base="auto")  # packed weights can't be written
     task = build_task(settings, pick_device(device), run.folder)
     saved = checkpoints.read(path, only=task.sampling_networks)
     for name in task.sampling_networks:
         load_network(task.networks[name], saved.tensors.get(name, {}), name, path)
         task.networks[name].eval()
-    task.prepare_sampling(place)
+    if prepared:
+        task.prepare_sampling(place)
     return task
 
 
@@ -251,15 +263,18 @@ def load_weights(
     device: str = "auto",
     base: str | Path | None = None,
     scale: float = 1.0,
+    predict: str | None = None,
     place: Place | None = None,
+    prepared: bool = True,
 ) -> Task:
     """Weights in files, ready to sample from: published ones, or what `lowvram.convert` made of a run.
 
     Args:
         path: of StyleGAN2 a pickle or .safetensors; of Stable Diffusion a folder, a single file, a LoRA or the
             embedding of a word, or several of these with | between them.
-        device, place: as of `load_run`.
+        device, place, prepared: as of `load_run`.
         base: the pipeline that a LoRA or a word stands on. scale: how much LoRAs count.
+        predict: what the UNet does, eps or v, where its file does not say so.
 
     Raises:
         LowVRAMError: they can't be read, or are of something else.
@@ -268,11 +283,14 @@ def load_weights(
     from lowvram.tasks.stylegan2 import StyleGAN2Task
 
     paths = [Path(part.strip()).expanduser() for part in str(path).split("|")]
-    if len(paths) == 1 and base is None and adapted.kind_of(paths[0]) == "stylegan":
+    if len(paths) == 1 and adapted.kind_of(paths[0]) == "stylegan":
+        if base is not None:
+            raise LowVRAMError(f"weights={path} stand on no other weights.", "Leave base out.")
         return StyleGAN2Task.of_weights(paths[0], pick_device(device))
     where = None if base is None else Path(base).expanduser()
-    task = adapted.open_weights(paths, pick_device(device), base=where, scale=scale)
-    task.prepare_sampling(place)
+    task = adapted.open_weights(paths, pick_device(device), base=where, scale=scale, predict=predict)
+    if prepared:
+        task.prepare_sampling(place)
     return task
 
 

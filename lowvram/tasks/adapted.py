@@ -59,7 +59,7 @@ def kind_of(path: Path) -> Kind:
 
 
 class Adapted(FineTuned):
-    """A pipeline with LoRAs merged into it, and words put into its text encoders."""
+    """A pipeline with LoRAs in it, merged into its text encoders, and words put into these."""
 
     def __init__(
         self,
@@ -71,10 +71,14 @@ class Adapted(FineTuned):
         words: Sequence[EmbeddingFile] = (),
         scale: float = 1.0,
     ) -> None:
-        self.loras, self.scale = loras, scale
+        self.loras, self.words, self.scale = loras, words, scale
         text = published.text(pipeline, settings, device, loading=self._load, live=bool(words))
         super().__init__(settings, pipeline, text, device)
-        self._merge("unet", self.unet)
+        # Not merged: 16-bit weights would lose part of the change.
+        parts = [file for file in loras if "unet" in file.parts]
+        self.adapters = [lora_files.add_from_file(self.unet, "unet", file, weight=scale) for file in parts]
+        for adapters in self.adapters:
+            adapters.eval()
         if words:
             self.text = text.network()
             assert self.text is not None
@@ -92,7 +96,14 @@ class Adapted(FineTuned):
                 lora_files.add_from_file(network, part, file, weight=self.scale).merge(keep=False)
 
     def changed(self) -> dict[str, dict[str, Tensor]]:
+        if self.words:
+            raise LowVRAMError(
+                f"a pipeline has no place for the word {self.words[0].token} of {self.words[0].path}.",
+                "Leave it out, and load its file beside the pipeline.",
+            )
         parts = {part for file in self.loras for part in file.parts}
+        for adapters in self.adapters:
+            adapters.merge(keep=False)
         changed = {"unet": dict(self.unet.state_dict())} if "unet" in parts else {}
         if parts - {"unet"}:
             text = published.text(self.pipeline, self.settings, self.device, loading=self._load, live=True).network()
@@ -102,11 +113,17 @@ class Adapted(FineTuned):
 
 
 def open_weights(
-    paths: Sequence[Path], device: torch.device, *, base: Path | None = None, scale: float = 1.0
+    paths: Sequence[Path],
+    device: torch.device,
+    *,
+    base: Path | None = None,
+    scale: float = 1.0,
+    predict: str | None = None,
 ) -> StableDiffusionTask:
     """A task that samples from files of Stable Diffusion: one pipeline, and LoRAs and words for it.
 
-    base: the pipeline, where `paths` are LoRAs and words alone. scale: how much LoRAs count.
+    base: the pipeline, where `paths` are LoRAs and words alone. scale: how much LoRAs count. predict: eps or v, what
+    its UNet does, where that is to be said.
 
     Raises:
         LowVRAMError: a file can't be read, they don't fit one another, or there is no pipeline, or more than one.
@@ -121,8 +138,9 @@ def open_weights(
         )
     if len(pipelines) > 1:
         raise LowVRAMError(f"{pipelines[0]} and {pipelines[1]} are both whole pipelines.", "Give one of them.")
-    settings = settings_for(pipelines[0])
-    pipeline = open_pipeline(pipelines[0])
+    settings = settings_for(pipelines[0], predict)
+    pipeline = published.source(settings)
+    assert isinstance(pipeline, Pipeline)
     tuned = Adapted(
         settings,
         pipeline,
@@ -134,11 +152,12 @@ def open_weights(
     return StableDiffusionTask(settings, device, pipeline=pipeline, tuned=tuned)
 
 
-def settings_for(path: Path) -> StableDiffusionSettings:
-    """The settings to sample a pipeline with, at the size that it was trained for."""
+def settings_for(path: Path, predict: str | None = None) -> StableDiffusionSettings:
+    """The settings to sample a pipeline with, at the size that it was trained for. predict: see `open_weights`."""
     pipeline = open_pipeline(path)
     found = load_recipe(_RECIPES[pipeline.family])
     assert isinstance(found, StableDiffusionSettings)
-    settings = published.with_shape(replace(found, weights=str(path)))
+    loss = replace(found.loss, predict=predict or found.loss.predict)
+    settings = published.with_shape(replace(found, weights=str(path), loss=loss))
     size = int(pipeline.config("unet").get("sample_size") or settings.latent_size) * settings.latent.factor
     return replace(settings, resolution=size)

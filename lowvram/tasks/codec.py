@@ -35,6 +35,7 @@ LatentSettings = DiffusionSettings | StableDiffusionSettings
 BESIDE = "autoencoder"  # the folder of the copy within a run
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 _MEASURED_LATENTS = 2048  # whose spread sets the scale of latents
+_ENCODED_PIXELS = 1024  # images to this size are encoded whole: each tile would have norms of its own
 _LARGER = 9 / 8  # several crops are cut from pictures so much larger
 
 
@@ -49,9 +50,15 @@ class Codec:
     scaled: bool
 
     def encode(self, images: Tensor, device: torch.device) -> Tensor:
-        """uint8 [n, 3, H, W] -> moments [n, 2 C, h, w] on the device."""
-        with torch.no_grad():
-            return encode_tiled(self.autoencoder, to_range(images.to(device)), tile_pixels=TILE_PIXELS)
+        """uint8 [n, 3, H, W] -> moments [n, 2 C, h, w] on the device; in halves where memory runs out."""
+        try:
+            with torch.no_grad():
+                return encode_tiled(self.autoencoder, to_range(images.to(device)), tile_pixels=_ENCODED_PIXELS)
+        except torch.OutOfMemoryError:
+            if len(images) == 1:
+                raise
+        torch.cuda.empty_cache()
+        return torch.cat([self.encode(half, device) for half in images.chunk(2)])
 
     def decode(self, z: Tensor, device: torch.device, micro_batch: int) -> Tensor:
         """Scaled latents [n, C, h, w] -> uint8 images [n, 3, H, W] on the CPU; the autoencoder is moved for it.
@@ -289,5 +296,5 @@ def latents(settings: LatentSettings, codec: Codec, device: torch.device) -> Lat
             larger=larger,
             masks=None if settings.data.masks is None else open_masks(images, settings.data.masks),
             picture_sizes=picture_sizes,
-            batch=max(1, 2**21 // settings.resolution**2) if device.type == "cuda" else 16,
+            batch=max(1, 2**19 // settings.resolution**2) if device.type == "cuda" else 16,
         )

@@ -24,7 +24,7 @@ from lowvram.noise import Betas, Predict, Schedule
 from lowvram.objectives.diffusion import diffusion_loss
 from lowvram.phase import MicroBatch, Phase
 from lowvram.settings import AutoencoderSettings, DiffusionSettings
-from lowvram.tasks import codec, conditions, load_json, open_images
+from lowvram.tasks import Place, codec, conditions, load_json, open_images
 from lowvram.tasks.codec import Codec
 from lowvram.tasks.latent import LATENT_OPTIONS, LatentTask
 from lowvram.tasks.step_size import StepSizes
@@ -72,7 +72,14 @@ class DiffusionTask(LatentTask):
         return first
 
     @classmethod
-    def prepare_data(cls, settings: Any, device: torch.device, folder: Path, say: Callable[[str], None]) -> None:
+    def prepare_data(
+        cls,
+        settings: Any,
+        device: torch.device,
+        folder: Path,
+        say: Callable[[str], None],
+        place: Place | None = None,
+    ) -> None:
         path = codec.find(settings, folder)
         assert path is not None, "the autoencoder is trained before"
         named = settings.latent.path

@@ -8,6 +8,7 @@ import torch
 from lowvram.adapters import embedding_files, lora_files
 from lowvram.errors import LowVRAMError
 from lowvram.tasks import published
+from lowvram.tasks.adapted import Adapted
 from lowvram.tasks.fine_tuned import Inversion, Lora
 from lowvram.tasks.stable_diffusion import StableDiffusionTask
 from lowvram.weights import pipeline_writer
@@ -43,8 +44,36 @@ def write(
     pipeline = task.pipeline
     if not isinstance(pipeline, Pipeline):
         raise LowVRAMError(f"weights={published.RANDOM} are no pipeline to write.", "Train on published weights.")
-    changes = published.scheduler_changes(task.settings)
-    return write_pipeline(pipeline, out, to, task.tuned.changed(), dtype, changes)
+    changed = task.tuned.changed()
+    if task.settings.latent.path is not None:
+        changed["vae"] = dict(task.codec.autoencoder.state_dict())
+    changes = published.scheduler_changes(task.settings, pipeline.config("scheduler"))
+    return write_pipeline(pipeline, out, to, changed, dtype, changes)
+
+
+def rewrite(
+    path: Path,
+    out: Path,
+    *,
+    to: Literal["lora", "embedding"],
+    dtype: torch.dtype | None = None,
+    layout: Literal["diffusers", "kohya"] = "diffusers",
+) -> str:
+    """Write the LoRA or the word of a file in another layout or dtype.
+
+    Raises:
+        LowVRAMError: it can't be read or written.
+    """
+    if to == "embedding":
+        word = embedding_files.read(path)
+        kind: Literal["diffusers", "webui"] = "diffusers" if layout == "diffusers" else "webui"
+        embedding_files.write(out, word.token, word.vectors, layout=kind, dtype=dtype)
+        return f"the word {word.token}"
+    parts = lora_files.read(path).parts
+    states = {part: lora_files.state_of(layers) for part, layers in parts.items()}
+    alphas = {part: {name: layer.alpha for name, layer in layers.items()} for part, layers in parts.items()}
+    lora_files.write(out, states, alpha=alphas, layout=layout, dtype=dtype)
+    return f"low-rank weights of {', '.join(states)}"
 
 
 def write_pipeline(
@@ -63,7 +92,7 @@ def write_pipeline(
 
 def _lora(task: StableDiffusionTask, out: Path, dtype: torch.dtype | None, layout: str) -> str:
     if not isinstance(task.tuned, Lora):
-        raise LowVRAMError(f"to=lora: the run was trained with train={task.settings.train}.", "Use to=diffusers.")
+        raise _none(task, "lora")
     states = task.tuned.states()
     kind = cast(Literal["diffusers", "kohya"], layout)
     lora_files.write(out, states, alpha=task.settings.lora.alpha, layout=kind, dtype=dtype)
@@ -72,8 +101,15 @@ def _lora(task: StableDiffusionTask, out: Path, dtype: torch.dtype | None, layou
 
 def _embedding(task: StableDiffusionTask, out: Path, dtype: torch.dtype | None, layout: str) -> str:
     if not isinstance(task.tuned, Inversion):
-        raise LowVRAMError(f"to=embedding: the run was trained with train={task.settings.train}.", "Use to=diffusers.")
+        raise _none(task, "embedding")
     token = task.settings.embedding.token
     kind: Literal["diffusers", "webui"] = "diffusers" if layout == "diffusers" else "webui"
     embedding_files.write(out, token, task.tuned.vectors(), layout=kind, dtype=dtype)
     return f"the word {token}"
+
+
+def _none(task: StableDiffusionTask, to: str) -> LowVRAMError:
+    has = f"the run was trained with train={task.settings.train}"
+    if isinstance(task.tuned, Adapted):
+        has = f"weights={task.settings.weights} were trained by no run"
+    return LowVRAMError(f"to={to}: {has}.", "Use to=diffusers.")

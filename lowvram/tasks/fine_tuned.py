@@ -88,7 +88,8 @@ class Full(FineTuned):
 
     def _unet(self) -> UNet:
         narrow = self.settings.memory.weights_dtype.get("denoiser") == "bf16"
-        return published.unet(self.pipeline, dtype=torch.bfloat16 if narrow else torch.float32)
+        unet = published.unet(self.pipeline, dtype=torch.bfloat16 if narrow else torch.float32)
+        return unet.requires_grad_(False)
 
     def average(self) -> None:
         for name, network in self.trained.items():
@@ -144,7 +145,9 @@ class Lora(FineTuned):
         if self.settings.base == "nf4":
             from lowvram.adapters import quantized  # with bitsandbytes, which few need
 
-            quantized.quantize(unet, "nf4", compute_dtype=published.compute_dtype(self.settings, self.device))
+            on = None if self.device.type == "cpu" else self.device  # where packing takes seconds
+            narrow = published.compute_dtype(self.settings, self.device)
+            quantized.quantize(unet, "nf4", compute_dtype=narrow, device=on)
         return unet
 
     def average(self) -> None:
@@ -161,9 +164,11 @@ class Lora(FineTuned):
             yield
 
     def prepare_sampling(self, device: torch.device, place: Place | None) -> None:
+        for part, twin in self.twins.items():  # for good: nothing is trained any more
+            for own, averaged in zip(self.adapters[part].parameters(), twin.parameters(), strict=True):
+                own.data.copy_(averaged)
+        self.twins.clear()
         _placed(self.unet, device, place)  # in the type of the weights that were trained round
-        for twin in self.twins.values():
-            twin.to(device)
 
     def states(self) -> dict[str, dict[str, Tensor]]:
         """The low-rank weights by part, averaged where there is an average."""

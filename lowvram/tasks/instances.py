@@ -23,7 +23,7 @@ from lowvram.data.size_ids import size_ids
 from lowvram.errors import LowVRAMError
 from lowvram.sampling.grids import save_png
 from lowvram.settings import StableDiffusionSettings
-from lowvram.tasks import codec
+from lowvram.tasks import Place, codec
 from lowvram.tasks.codec import Codec
 
 CLASS_IMAGES = "class_images"  # the folder within a run
@@ -100,21 +100,22 @@ def make_class_images(
     folder: Path,
     task: Callable[[], Any],
     say: Callable[[str], None],
+    on_device: Place | None,
 ) -> None:
     """Sample the images of the class that are not there yet; a run that was interrupted goes on with the next.
 
-    task: makes what samples from the weights as they are.
+    task: makes what samples from the weights as they are. on_device: see `Task.prepare_sampling`.
     """
     place = Path(str(class_settings(settings, folder).data.path)).expanduser()
     names = [f"{number:05d}.png" for number in range(settings.prior.images)]
-    there = {path.name for path in place.iterdir()} if place.is_dir() else set()
-    whole = {name for name in there if not name.startswith(".") and name != "captions.txt"}  # not: begun, and cut off
-    if len(whole) >= settings.prior.images:
+    endings = (".png", ".jpg", ".jpeg", ".webp")  # those that were begun, and cut off, have another
+    there = {path.name for path in place.glob("*") if path.suffix.lower() in endings}
+    if len(there) >= settings.prior.images:
         return
     missing = [number for number, name in enumerate(names) if name not in there]
     say(f"making {len(missing)} images of {settings.prior.prompt!r} in {place}, once")
     sampler = task()
-    sampler.prepare_sampling()
+    sampler.prepare_sampling(on_device)
     place.mkdir(parents=True, exist_ok=True)
     with bar(len(missing), "class images", "img") as progress:
         for number in missing:

@@ -5,6 +5,7 @@ along or to let gradients through to the embeddings of new words (`live`).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 _RANDOM = "random"  # layout of a pipeline without weights: theirs are drawn here
 _FORMAT = 1  # raise it when the same encoders and captions give other files
-_AT_ONCE = 64  # captions in an encoder
+_AT_ONCE = 16  # captions in an encoder
 _NUMBERED = 4096  # captions in a tokenizer, which makes lists of them
 _REMEMBERED = 256  # prompts: 80 MiB of SDXL's
 
@@ -123,9 +124,16 @@ class PipelineText(Condition):
 
     # Data.
 
-    def read(self, captions: Sequence[str], say: Callable[[str], None]) -> None:
-        """Take in the data set's captions; what the encoders make of them is kept on disk, unless it is live."""
-        texts = [variants_of(caption, self.options) for caption in captions]
+    def read(self, captions: Sequence[str], say: Callable[[str], None], *, own: int | None = None) -> None:
+        """Take in the data set's captions; what the encoders make of them is kept on disk, unless it is live.
+
+        own: only the first so many are varied, and have the prefix and suffix; those after are of a class.
+        """
+        count = self.options.count
+        texts = [
+            variants_of(caption, self.options) if own is None or number < own else [caption] * count
+            for number, caption in enumerate(captions)
+        ]
         different = sorted({"", *(text for of_one in texts for text in of_one)})  # "" sorts first
         number = {text: row for row, text in enumerate(different)}
         self._rows = np.array([[number[text] for text in of_one] for of_one in texts], np.int64)
@@ -332,7 +340,9 @@ class PipelineText(Condition):
     @torch.no_grad()
     def _by(self, network: ClipText, prompts: list[str]) -> list[tuple[Tensor, Tensor]]:
         found: list[tuple[Tensor, Tensor]] = []
-        with on_device(network, self.device):
+        # In training a policy has placed them, and may bring them block by block.
+        placed = any(p.device == self.device for p in network.parameters())
+        with nullcontext() if placed else on_device(network, self.device):
             for begin in range(0, len(prompts), _AT_ONCE):
                 some = prompts[begin : begin + _AT_ONCE]
                 context, pooled = network(*(number_tokens(t, some, self.length)[0] for t in self.tokenizers))

@@ -24,6 +24,8 @@ RANDOM = "random"  # in place of a path: weights of the published shape, for pla
 Source = Pipeline | RandomPipeline
 
 _PREDICTIONS = {"epsilon": "eps", "v_prediction": "v"}
+_NAMES = {"sd1": "Stable Diffusion 1.x", "sd2": "Stable Diffusion 2.x", "sdxl": "Stable Diffusion XL"}
+_RECIPES = {"sd1": "sd15_lora", "sd2": "sd21_lora", "sdxl": "sdxl_lora"}
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -41,7 +43,13 @@ def source(settings: StableDiffusionSettings) -> Source:
     if settings.weights in (None, RANDOM):
         return RandomPipeline(settings.family)
     with standin.real():
-        return open_pipeline(Path(str(settings.weights)).expanduser())
+        path = Path(str(settings.weights)).expanduser()
+        return open_pipeline(path, prediction_type=prediction_type(settings.loss.predict))
+
+
+def prediction_type(predict: str | None) -> str | None:
+    """What a scheduler_config.json calls eps and v; None: as the weights say."""
+    return {ours: theirs for theirs, ours in _PREDICTIONS.items()}.get(predict or "")
 
 
 def with_shape(settings: StableDiffusionSettings) -> StableDiffusionSettings:
@@ -51,6 +59,13 @@ def with_shape(settings: StableDiffusionSettings) -> StableDiffusionSettings:
         LowVRAMError: they can't be read, or contradict what the user set.
     """
     pipeline = source(settings)
+    if pipeline.family != settings.family and "family" not in settings.overrides:
+        raise LowVRAMError(
+            f"weights={settings.weights} are of {_NAMES[pipeline.family]}, and recipe={settings.recipe} is for "
+            f"{_NAMES[settings.family]}.",
+            f"Use a recipe such as {_RECIPES[pipeline.family]}, or add family={pipeline.family} and mind resolution, "
+            "batch and optimizer.lr.",
+        )
     unet, vae = pipeline.config("unet"), pipeline.config("vae")
     levels, factor = len(unet["block_out_channels"]), 2 ** (len(vae["block_out_channels"]) - 1)
     channels = int(vae.get("latent_channels", 4))
@@ -104,12 +119,13 @@ def schedule(config: Mapping[str, Any], *, zero_terminal_snr: bool) -> Schedule:
     )
 
 
-def scheduler_changes(settings: StableDiffusionSettings) -> dict[str, Any]:
-    """What a scheduler_config.json must say of a network that was trained by these settings."""
-    names = {ours: theirs for theirs, ours in _PREDICTIONS.items()}
-    changes: dict[str, Any] = {"prediction_type": names[settings.loss.predict]}
+def scheduler_changes(settings: StableDiffusionSettings, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a scheduler_config.json, `config` so far, must say of a network that was trained by these settings."""
+    changes: dict[str, Any] = {"prediction_type": prediction_type(settings.loss.predict)}
     if settings.loss.zero_terminal_snr:
         changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    elif "rescale_betas_zero_snr" in config:
+        changes["rescale_betas_zero_snr"] = False
     return changes
 
 
@@ -146,11 +162,18 @@ def text(pipeline: Source, settings: StableDiffusionSettings, device: torch.devi
         "dropout": settings.loss.condition_dropout,
         "options": varied,
         "live": settings.live_text,
-        "dtype": _DTYPES.get(said.dtype),
+        "dtype": _text_dtype(settings, device),
         "skip": said.skip,
         "size": (settings.resolution, settings.resolution),
     }
     return PipelineText(cast(Pipeline, pipeline), device, **usual | options)
+
+
+def _text_dtype(settings: StableDiffusionSettings, device: torch.device) -> torch.dtype:
+    """Of the text encoders: fp32 if they are trained whole, else as `text.dtype` says, or as the UNet beside them."""
+    if settings.text.train and settings.train == "full":
+        return torch.float32
+    return _DTYPES.get(settings.text.dtype) or compute_dtype(settings, device)
 
 
 def unet(pipeline: Source, *, dtype: torch.dtype = torch.float32, load: bool = True) -> UNet:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -15,6 +15,7 @@ from lowvram import seeded, standin
 from lowvram.data import ImageSet
 from lowvram.data.caption_variants import variants_of
 from lowvram.ema import ExponentialMovingAverage
+from lowvram.errors import LowVRAMError
 from lowvram.models.autoencoder import sample_latents
 from lowvram.noise import Predict
 from lowvram.objectives.diffusion import diffusion_loss, pixel_weights
@@ -81,10 +82,18 @@ class StableDiffusionTask(LatentTask):
         """They are loaded as the networks are made, for parts of them stay as they are."""
 
     @classmethod
-    def prepare_data(cls, settings: Any, device: torch.device, folder: Path, say: Callable[[str], None]) -> None:
+    def prepare_data(
+        cls,
+        settings: Any,
+        device: torch.device,
+        folder: Path,
+        say: Callable[[str], None],
+        place: Place | None = None,
+    ) -> None:
         assert isinstance(settings, StableDiffusionSettings)
         if settings.prior.prompt is not None:
-            instances.make_class_images(settings, folder, lambda: cls(settings, device, untrained=True), say)
+            make = partial(cls, settings, device, untrained=True)
+            instances.make_class_images(settings, folder, make, say, place)
         path = codec.find(settings, folder)
         own = None if path is None else codec.load(path, settings)
         instances.open_all(settings, own or codec.of_pipeline(published.source(settings)), device, folder, say)
@@ -130,13 +139,29 @@ class StableDiffusionTask(LatentTask):
             self._take_in_data()
 
     def _take_in_data(self) -> None:
-        self.condition.read(self.instances.captions, self.say)
+        self._check_captions()
+        self.condition.read(self.instances.captions, self.say, own=self.instances.own)
         if self.instances.size_ids is not None:
             self.condition.take_sizes(self.instances.size_ids)
         if self.tuned.reader is None:  # read now what grids are sampled with: no encoder comes to a card that is full
             prompts = self.usual_prompts()[: self.settings.grid]
             self.condition.wanted(prompts, None, cut=True)
             self.condition.null(None, self.settings.sampling.negative)
+
+    def _check_captions(self) -> None:
+        """Textual inversion learns from captions with its word alone."""
+        if self.settings.train != "textual_inversion":
+            return
+        token, captions = self.settings.embedding.token, self.instances.captions
+        said = self.settings.text
+        with_it = sum(token in f"{said.prefix} {caption} {said.suffix}" for caption in captions if caption)
+        if not with_it:
+            raise LowVRAMError(
+                f"none of the {len(captions)} captions has the word {token}, which is to be learned.",
+                f"Write it into them, or let text.prefix or text.prompt name it: text.prompt='a photo of {token}'.",
+            )
+        if with_it < len(captions):
+            self.say(f"{len(captions) - with_it:,} of {len(captions):,} captions lack {token}")
 
     def _loss(self, micro: MicroBatch) -> Tensor:
         if standin.active() or not (self.settings.train == "lora" and self.settings.lora.dropout):
@@ -194,7 +219,12 @@ class StableDiffusionTask(LatentTask):
     @cached_property
     def _codec(self) -> Codec:
         path = codec.find(self.settings, self.folder)
-        return codec.of_pipeline(self.pipeline) if path is None else codec.load(path, self.settings)
+        if path is None:
+            return codec.of_pipeline(self.pipeline)
+        found = codec.load(path, self.settings)
+        if not found.scaled:
+            found.measure(codec.latents(self.settings, found, self.device))
+        return found
 
     @cached_property
     def instances(self) -> instances.Instances:
@@ -214,7 +244,8 @@ class StableDiffusionTask(LatentTask):
         return moments if standin.active() else moments.normal_()
 
     def write_beside(self, folder: Path) -> None:
-        codec.write_beside(self.codec, folder)
+        if self.settings.latent.path is not None:  # else that of the weights, which sampling needs anyway
+            codec.write_beside(self.codec, folder)
         (folder / _CAPTIONS).write_text("\n".join(self.usual_prompts()) + "\n", encoding="utf-8")
 
     # Sampling.
