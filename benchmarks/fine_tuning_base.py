@@ -1,11 +1,12 @@
 """A small Stable Diffusion made from nothing, for benchmarks.fine_tuning: faces on papers of several colours.
 
-Its folder lies as a published one does. The autoencoder learns faces of all colours, as published ones do, so that it
-is not what stands between a pipeline and a new style.
+Its folder lies as a published one does. The autoencoder learns faces and blurred colours of all kinds, as published
+ones do, so that it is not what stands between a pipeline and a new style.
 """
 
 import json
 import shutil
+import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,15 @@ from lowvram.data.captions import read_captions
 from lowvram.models.autoencoder import Autoencoder
 from lowvram.models.clip_text import published
 from lowvram.models.unet import UNet
-from lowvram.tasks import load_run
+from lowvram.settings import Settings
+from lowvram.tasks import Task, load_run
 from lowvram.tasks.autoencoder import AutoencoderTask, save, to_range
+from lowvram.tasks.stable_diffusion import StableDiffusionTask
 from lowvram.weights import clip_vocabulary, pipeline_folder
 from lowvram.weights.random_pipeline import RandomPipeline
 
 RESOLUTION = 32
+SAMPLING = {"steps": 10, "guidance": 2.0}
 WHITE = ("white", (255, 255, 255))  # is not named in captions
 PAPERS = {
     "yellow": (250, 235, 110),
@@ -56,6 +60,7 @@ _UNET = {
 }
 _TEXT = {"hidden_size": _WIDTH, "intermediate_size": 4 * _WIDTH, "num_hidden_layers": 2, "num_attention_heads": 2}
 _ENDS = {"bos_token_id": 49406, "eos_token_id": 49407, "pad_token_id": 49407}
+_AUTOENCODER = ["loss.perceptual=none", "model.norm_groups=1", "optimizer.lr=2e-3", "optimizer.schedule=cosine"]
 _MEASURED = 256  # images whose latents set the scale
 _AUTOENCODER_FACES = 1000
 
@@ -67,7 +72,18 @@ def common(home: Path) -> list[str]:
         f"latent.folder={home / 'latents'}",
         *("data.workers=0", "grid=16", "snapshot_kimg=1000", "log_kimg=0.25"),
         "memory.optimizer.denoiser=adam",
+        *(f"sampling.{name}={value}" for name, value in SAMPLING.items()),
     ]
+
+
+def train(settings: Settings) -> float:
+    """Train to the end; the seconds that it took. Raises KeyboardInterrupt where it was stopped before."""
+    trainer = Trainer(settings, quiet=True)
+    begun = time.perf_counter()
+    trainer.fit()
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+    return time.perf_counter() - begun
 
 
 def make(home: Path, *, faces: int, autoencoder_kimg: float, kimg: float, seed: int) -> Path:
@@ -89,7 +105,7 @@ def _pretrained(home: Path, random: Path, known: Path, kimg: float, seed: int) -
         *common(home),
     ]
     print(f"the pipeline: {kimg:g} kimg", flush=True)
-    Trainer(load_recipe("sd15_finetune", words), quiet=True).fit()
+    train(load_recipe("sd15_finetune", words))
     base = home / "base"
     convert.main(convert.ConvertOptions(run=str(home / "runs" / "base"), to="diffusers", out=str(base)))
     return base
@@ -122,14 +138,18 @@ def draw(
 
 
 def _autoencoder(home: Path, faces: int, kimg: float, seed: int) -> Autoencoder:
-    """Trained on faces of any colour; its latents are scaled to a mean square of 1, as published ones nearly are."""
+    """Trained on faces and blurs of any colour; its latents are scaled to a mean square of 1, as published ones are."""
     folder, out = home / "colours", home / "runs" / "autoencoder"
     chance = np.random.default_rng(seed)
-    draw(folder, range(faces), paper=lambda _: ("any", tuple(chance.integers(80, 256, 3).tolist())), captioned=False)
+    colours = chance.integers(80, 256, (faces, 3)).tolist()
+    draw(folder, range(faces), paper=lambda index: ("any", tuple(colours[index])), captioned=False)
+    for index in range(faces):  # an autoencoder learns outlines first and colours last, unless there is nothing else
+        few = Image.fromarray(chance.integers(0, 256, (3, 3, 3), np.uint8))
+        few.resize((RESOLUTION, RESOLUTION), Image.Resampling.BICUBIC).save(folder / f"blurred_{index:06d}.png")
     words = [f"data.path={folder}", f"out={out}", f"kimg={kimg}", f"seed={seed}", f"resolution={RESOLUTION}"]
-    words += ["snapshot_kimg=1000", "log_kimg=0.25", "grid=16", "device=cpu"]
+    words += ["snapshot_kimg=1000", "log_kimg=0.25", "grid=16", "device=cpu", *_AUTOENCODER]
     print(f"the autoencoder: {kimg:g} kimg", flush=True)
-    Trainer(load_recipe("faces64_vae", words), quiet=True).fit()
+    train(load_recipe("faces64_vae", words))
     return _scaled(out, folder)
 
 
@@ -147,14 +167,22 @@ def _scaled(out: Path, folder: Path) -> Autoencoder:
     return network
 
 
+def given_back(task: Task, images: Tensor) -> Tensor:
+    """Images uint8 [n, 3, R, R] encoded and decoded by the autoencoder of a pipeline, the same."""
+    assert isinstance(task, StableDiffusionTask)
+    with torch.no_grad():
+        moments = task.codec.encode(images, task.device)
+    return task.codec.decode(task.codec.to_latents(moments), task.device, len(images))
+
+
 def write_random(folder: Path, autoencoder: Autoencoder, seed: int) -> None:
     """Write a pipeline of Stable Diffusion 1.x with an autoencoder that can do something, and all else random."""
     import transformers
 
     model = RandomPipeline("sd1")
+    channels = autoencoder.latent_channels
     configs: dict[str, dict[str, Any]] = {
-        "unet": model.config("unet") | _UNET,
-        "vae": model.config("vae"),
+        "unet": model.config("unet") | _UNET | {"in_channels": channels, "out_channels": channels},
         "text_encoder": model.config("text_encoder") | _TEXT | _ENDS | {"projection_dim": _WIDTH},
         "scheduler": model.config("scheduler"),
     }

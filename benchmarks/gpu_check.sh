@@ -112,6 +112,8 @@ if [[ $rehearse ]]; then
   prediction="--recipes faces32:8 --policies plain"
   denoiser="recipe=faces64_ldm batch=4 --steps 1"
   peers="--small --seconds 1 --only diffusers_unet,timm_vit"
+  fine_tuning="recipe=sd15_lora memory=recipe resolution=64 data.builtin_count=4 data.workers=0 --steps 1 --warmup 1"
+  fine_tuning="$fine_tuning --json $out/fine_tuning.json"
   training="$tiny kimg=0.064 log_kimg=0.016 snapshot_kimg=0.032 grid=4 --seconds 60"
 else
   tests="tests/kernels"
@@ -120,6 +122,8 @@ else
   ldm="recipe=faces256_ldm vram=6GB --steps 10"
   prediction="--recipes faces256,faces256_ldm --policies plain,6GB"
   denoiser="recipe=faces256_ldm batch=16 micro_batch.denoiser=16"
+  fine_tuning="-m recipe=sd15_finetune,sd15_lora,sd15_textual_inversion,sdxl_lora,sdxl_finetune vram=4GB,6GB"
+  fine_tuning="$fine_tuning data.builtin_count=8 out=$out --steps 5"
   peers="--seconds 3 --only diffusers_unet,torchvision_resnet50,timm_vit" # kernels has the optimizers
   training="recipe=faces64 batch=64 vram=6GB snapshot_kimg=5 data.builtin_count=2000 --seconds 45"
 fi
@@ -149,6 +153,9 @@ fi
   part memory_prediction 110 "$hydra" \
     "$python" -m benchmarks.memory_prediction $prediction --json "$out/memory_prediction.json"
   part peers 120 "" "$python" -m benchmarks.peers $peers --json "$out/peers.json"
+  # Random weights of the published sizes: memory and speed are those of the published ones.
+  part fine_tuning 400 "$hydra transformers peft" \
+    "$python" -m benchmarks.train_step $fine_tuning weights=random batch=1
   part denoiser_step 45 "$hydra diffusers" "$python" -m benchmarks.denoiser_step $denoiser --json "$out/denoiser_step.json"
 }
 [[ $ran ]] || { echo "gpu_check: --only $only names no part" >&2; exit 64; }

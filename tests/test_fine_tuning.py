@@ -270,7 +270,7 @@ def test_prior_preservation(world: World, tmp_path: Path) -> None:
     by_weights = load_weights(world.folders["sd1"], device="cpu")
     images = by_weights.sample(3, seed=trainer.recipe.seed, prompts=["a cat"], steps=2, micro_batch=1)
     for name, image in zip(sorted(made), images, strict=True):
-        assert np.array_equal(pixels(place / name), image.permute(1, 2, 0).numpy())
+        assert alike(pixels(place / name), image.permute(1, 2, 0).numpy())
     # Both kinds are in the loss, each with its own caption, and those of the class by their weight.
     (batch,) = batches(trainer, 1)
     micro = micro_batch(trainer, batch)
@@ -290,7 +290,12 @@ def test_prior_preservation(world: World, tmp_path: Path) -> None:
     _, again = begin()
     assert sorted(again) == sorted(made)
     assert {name for name in made if again[name] == made[name]} == {"00000.png", "00002.png"}
-    assert np.array_equal(pixels(place / "00001.png"), before)
+    assert alike(pixels(place / "00001.png"), before)
+
+
+def alike(one: np.ndarray, other: np.ndarray) -> bool:
+    """But for the order of additions, in micro-batches of other sizes."""
+    return bool(np.abs(one.astype(int) - other).max() <= 1)
 
 
 def pixels(path: Path) -> np.ndarray:

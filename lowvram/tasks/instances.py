@@ -27,6 +27,7 @@ from lowvram.tasks import Place, codec
 from lowvram.tasks.codec import Codec
 
 CLASS_IMAGES = "class_images"  # the folder within a run
+_AT_ONCE = 4  # that are lost at most where making them is interrupted
 
 
 @dataclass(kw_only=True)
@@ -118,9 +119,14 @@ def make_class_images(
     sampler.prepare_sampling(on_device)
     place.mkdir(parents=True, exist_ok=True)
     with bar(len(missing), "class images", "img") as progress:
-        for number in missing:
-            images = sampler.sample(1, seed=settings.seed, start=number, prompts=[settings.prior.prompt])
-            partial = place / f".{names[number]}.partial"
-            save_png(images[0], partial)
-            partial.replace(place / names[number])
-            progress.update()
+        for first in range(0, settings.prior.images, _AT_ONCE):
+            wanted = [number for number in missing if first <= number < first + _AT_ONCE]
+            if not wanted:
+                continue
+            count = wanted[-1] - wanted[0] + 1
+            images = sampler.sample(count, seed=settings.seed, start=wanted[0], prompts=[settings.prior.prompt])
+            for number in wanted:
+                partial = place / f".{names[number]}.partial"
+                save_png(images[number - wanted[0]], partial)
+                partial.replace(place / names[number])
+            progress.update(len(wanted))

@@ -195,7 +195,9 @@ def autoencoder(pipeline: Source) -> Autoencoder:
 def _empty(pipeline: Source, make: Any, dtype: torch.dtype) -> Any:
     """A network without initial values, which take long and are overwritten; random weights are made so."""
     if pipeline.layout == RANDOM or standin.active():
-        network: nn.Module = make()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # the same each time, so that what is kept on disk is found again
+            network: nn.Module = make()
         return network.to(dtype)
     with torch.device("meta"):
         network = make()
