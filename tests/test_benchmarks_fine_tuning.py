@@ -48,7 +48,7 @@ def test_parts_that_move_leave_nothing_to_object_to() -> None:
 @pytest.mark.parametrize("reference", ["learned", "held_out"])
 def test_a_part_that_does_not_move_is_named(name: str, reference: str) -> None:
     found = moved()
-    measure = fine_tuning.MEASURES[1]
+    measure = fine_tuning.CLAIMED[0]
     details = next(point["details"] for point in found if point["name"] == name)
     details[reference]["values"][measure] = 3.0
     (said,) = fine_tuning.shortcomings(found)
@@ -61,13 +61,25 @@ def test_a_prior_that_keeps_nothing_is_named() -> None:
     kept["class_before"] = alone["class_before"]
     assert [said.split(" by ")[0] for said in fine_tuning.shortcomings(found)] == [
         "prior preservation keeps the class no better"
-    ] * len(fine_tuning.MEASURES)
+    ] * len(fine_tuning.CLAIMED)
 
 
 def test_the_table_has_a_row_for_each_comparison_and_the_floors() -> None:
     rows = fine_tuning.table(moved()).splitlines()
     assert len(rows) == 1 + 2 * (len(_BEGINS) + len(_TRAINED)) + 2 + 3
     assert sum(row.startswith("floor") for row in rows) == 3
+
+
+def test_distances_see_a_tint(tmp_path: Path) -> None:
+    for index in range(16):
+        shade = np.random.default_rng(index).integers(100, 140, (32, 32, 3), np.uint8)
+        Image.fromarray(shade).save(tmp_path / f"{index}.png")
+    alike = torch.from_numpy(np.random.default_rng(99).integers(100, 140, (16, 3, 32, 32), np.uint8))
+    near, far = (fine_tuning.distances(images, tmp_path) for images in (alike, alike + torch.tensor(60).byte()))
+    assert near["values"]["colour"] < 2 and abs(far["values"]["colour"] - 60 * 3**0.5) < 2
+    assert far["values"]["frechet_lite0"] > 1.2 * near["values"]["frechet_lite0"]
+    assert far["values"]["swd_mean"] < 1.2 * near["values"]["swd_mean"]  # which is why nothing is claimed by it
+    assert set(near["floor"]) == set(fine_tuning.MEASURES) and near["floor"]["colour"] < 2
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +138,8 @@ def test_the_command_writes_points_grids_and_a_pipeline(
     except SystemExit as ended:  # so little training need not help: the exit status says whether it did
         assert "no nearer" in str(ended.code) or "no better" in str(ended.code)
     found = [point["name"] for point in record.read(out / "fine_tuning.json")["points"]]
-    assert found == [*_BEGINS, "before_class", *_TRAINED[:4], "dreambooth_class", _TRAINED[4], "dreambooth_alone_class"]
+    trained = [*_TRAINED[:4], "dreambooth_class", _TRAINED[4], "dreambooth_alone_class"]
+    assert found == [*_BEGINS, "before_class", *trained]
     assert all((out / f"{name}.png").is_file() for name in found)
     assert open_pipeline(out / "base").parts == ("unet", "vae", "text_encoder")
     assert {path.name for path in (out / "few").iterdir()}.isdisjoint(path.name for path in (out / "unseen").iterdir())

@@ -75,6 +75,8 @@ def test_an_image_and_a_mask(ldm: Path, tmp_path: Path) -> None:
     assert pixels(tmp_path / "varied" / "seed0000_00000.png").shape == (32, 32, 3)
     with pytest.raises(LowVRAMError, match="mask is 40x32 pixels and init 32x32"):
         main(SampleOptions(**options, mask=str(tmp_path / "wide.png"), out=str(tmp_path / "never")))
+    with pytest.raises(LowVRAMError, match="size=64x64 beside an image to change"):
+        main(SampleOptions(**options, size="64x64", out=str(tmp_path / "never")))
     with pytest.raises(LowVRAMError, match="without an image"):
         main(SampleOptions(run=str(ldm), n=1, mask=str(tmp_path / "mask.png"), out=str(tmp_path / "never")))
     assert not (tmp_path / "never").exists()

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from lowvram.ema import ExponentialMovingAverage, on_device
 from lowvram.errors import LowVRAMError
 from lowvram.memory import attention, checkpointing, fsdp, precision
-from lowvram.memory.blocks import find_blocks
+from lowvram.memory.blocks import blocks_of
 from lowvram.memory.check import check
 from lowvram.memory.ladder import PhaseFacts
 from lowvram.memory.offload import ActivationOffload
@@ -124,8 +124,9 @@ class Applied:
                 stack.enter_context(stream.resident() if phase.second_order else stream.running())
             if own.activations == "recompute":
                 for key, blocks in self._blocks.items():
-                    if key not in self._streams:  # streamed blocks are recomputed anyway
-                        stack.enter_context(checkpointing.recomputing(list(blocks.values()), own.recompute_every))
+                    own_stream = self._streams.get(key)  # whose blocks are recomputed anyway, but for those that stay
+                    here = [b for name, b in blocks.items() if own_stream is None or name in own_stream.staying]
+                    stack.enter_context(checkpointing.recomputing(here, own.recompute_every))
             if self._sharded:
                 stack.enter_context(fsdp.running(self._sharded, second_order=phase.second_order))
             yield
@@ -229,7 +230,13 @@ class Applied:
 
     def change(self, policy: MemoryPolicy) -> None:
         """Go on under another policy, whose micro-batches, activations, updates and places of state may differ."""
-        changed = [n for n in self.updaters if policy.optimizer(n) != self.policy.optimizer(n)]
+        moved = policy.resident != self.policy.resident
+        changed = [
+            name
+            for name in self.updaters
+            if policy.optimizer(name) != self.policy.optimizer(name)
+            or (moved and policy.optimizer(name).weights == "stream")
+        ]
         for name in changed:
             was = self.policy.optimizer(name)
             if replace(policy.optimizer(name), state=was.state, update=was.update) != was:
@@ -242,7 +249,16 @@ class Applied:
                 "frozen weights that are streamed stay so in a running training.",
                 "Stop, and resume with memory.frozen=device.",
             )
+        if moved and policy.resident:
+            raise LowVRAMError(
+                f"memory.resident of a running training can become 0 only, not {policy.resident:g}.",
+                f"Stop, and resume with memory.resident={policy.resident:g}.",
+            )
+        if moved:
+            self.settle()
         self.policy = policy
+        for stream in self._streams.values() if moved else ():
+            stream.stream_all()
         self._place_frozen()
         for name in changed:
             tensors, numbers = self._taken_apart(name)
@@ -341,6 +357,21 @@ class Applied:
         """What streams hold on the device between uses of their blocks."""
         return [size for stream in self._streams.values() for size in stream.slot_sizes_bytes()]
 
+    def streamed_bytes(self) -> list[tuple[str | None, list[list[int]]]]:
+        """Of each network that streams: its optimizer (None: it is frozen), and its parameters' bytes block by block.
+
+        Those of blocks that stay on the device are not among them.
+        """
+        names = {id(network): name for name, network in self._named_networks()}
+        return [
+            (names.get(key), [[param.nbytes for param in params] for params in stream.params.values()])
+            for key, stream in self._streams.items()
+        ]
+
+    def copied_bytes(self) -> int:
+        """The weights that streams have copied so far, to the device and back."""
+        return sum(stream.copied_bytes for stream in self._streams.values())
+
     def frozen_bytes(self) -> int:
         """The weights of frozen networks that streams keep on the host, or would keep there."""
         blocks = [block for key in self._frozen for block in self._blocks[key].values()]
@@ -364,7 +395,9 @@ class Applied:
                 self._sharded.append(network)
                 self._hand_over(network)
             elif policy.weights == "stream":
-                self._streams[id(network)] = BlockStream(network, self._blocks[id(network)], self.device)
+                self._streams[id(network)] = BlockStream(
+                    network, self._blocks[id(network)], self.device, resident=self.policy.resident
+                )
             else:
                 network.to(self.device)
         self._place_frozen()
@@ -375,7 +408,9 @@ class Applied:
             if key in self._streams:
                 continue
             if self.policy.frozen == "stream" and blocks:
-                self._streams[key] = BlockStream(network, blocks, self.device, stay=self._changing())
+                self._streams[key] = BlockStream(
+                    network, blocks, self.device, stay=self._changing(), resident=self.policy.resident
+                )
             else:
                 network.to(self.device)
 
@@ -400,8 +435,11 @@ class Applied:
         for key in networks:
             for block_name, block in self._blocks[key].items():
                 stream = self._streams.get(key)
-                blocks[block_name] = list(block.parameters())
-                if stream is not None:  # what several blocks share stays on the device
+                if stream is None:
+                    blocks[block_name] = list(block.parameters())
+                elif block_name in stream.staying:
+                    blocks[block_name] = stream.staying[block_name]
+                else:  # what several blocks share stays on the device
                     blocks[block_name], streams[block_name] = stream.params[block_name], stream
         return Updater(
             name,
@@ -452,15 +490,3 @@ class Applied:
 
     def _summed(self, value: Tensor) -> Tensor:
         return value if self._sum is None else self._sum(value)
-
-
-def blocks_of(
-    network: nn.Module, given: Mapping[nn.Module, Mapping[str, nn.Module]] | None = None
-) -> dict[str, nn.Module]:
-    """A network's blocks by name: those that are given for it, or else found; none where its structure shows none."""
-    if given is not None and network in given:
-        return dict(given[network])
-    try:
-        return find_blocks(network)
-    except LowVRAMError:
-        return {}

@@ -1,6 +1,6 @@
 """The blocks of a network: the modules that are recomputed, streamed or sharded as one."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from torch import nn
 
@@ -35,6 +35,18 @@ def find_blocks(network: nn.Module) -> dict[str, nn.Module]:
             "weights=device and fsdp=none for it.",
         )
     return blocks
+
+
+def blocks_of(
+    network: nn.Module, given: Mapping[nn.Module, Mapping[str, nn.Module]] | None = None
+) -> dict[str, nn.Module]:
+    """A network's blocks by name: those that are given for it, or else found; none where its structure shows none."""
+    if given is not None and network in given:
+        return dict(given[network])
+    try:
+        return find_blocks(network)
+    except LowVRAMError:
+        return {}
 
 
 def _blocks_below(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:

@@ -44,6 +44,11 @@ def _check_streams(
                 f"memory.weights.{name}=stream, but its networks show no blocks.",
                 "Name them: apply(..., blocks=...). What is trained inside frozen networks stays on the device.",
             )
+    if policy.resident and "stream" not in (policy.frozen, *(own.weights for own in policy.optimizers.values())):
+        raise LowVRAMError(
+            f"memory.resident={policy.resident:g}, but no weights are streamed: all are on the device.",
+            "Leave memory.resident out, or use memory.weights.NAME=stream or memory.frozen=stream.",
+        )
     if policy.frozen == "stream" and not any(one.frozen_blocks for one in facts.values()):
         raise LowVRAMError(
             "memory.frozen=stream, but no phase goes through a frozen network that shows blocks.",

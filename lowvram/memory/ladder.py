@@ -47,6 +47,8 @@ def _steps(policy: MemoryPolicy, phase: PhaseFacts) -> Iterator[tuple[MemoryPoli
     yield from _state_on_the_host(policy, phase)
     if policy.ema == "device":
         yield replace(policy, ema="host"), "memory.ema: device -> host"
+    if policy.resident:
+        yield replace(policy, resident=0.0), f"memory.resident: {policy.resident:g} -> 0"
     if phase.frozen_blocks and policy.frozen == "device" and policy.fsdp == "none":
         yield replace(policy, frozen="stream"), "memory.frozen: device -> stream"
 
@@ -97,6 +99,8 @@ def _recomputes(policy: MemoryPolicy, phase: PhaseFacts) -> bool:
 
 def _streams(policy: MemoryPolicy, phase: PhaseFacts) -> bool:
     """Whether all blocks are streamed: of the networks that it trains, and of those that are frozen."""
+    if policy.resident:
+        return False
     trained = policy.optimizer(phase.optimizer).weights == "stream" or not phase.trained_blocks
     frozen = policy.frozen == "stream" or not phase.frozen_blocks
     return trained and frozen and (phase.trained_blocks or phase.frozen_blocks)

@@ -7,6 +7,7 @@ from typing import Any
 
 from lowvram.errors import LowVRAMError
 from lowvram.settings import MEMORY_CHOICES, Settings
+from lowvram.settings.checks import fraction
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 ATTENTION = MEMORY_CHOICES["attention"]
@@ -67,7 +68,9 @@ class MemoryPolicy:
     precision: autocast round every phase. phases, optimizers: by name; an optimizer has the name of the first phase
     that uses it ("G", "D"). ema: where averaged networks live. fsdp: parameters sharded over the processes, also with
     all of them on the host (offload). frozen: weights that gradients go through and no update changes, on the device or
-    streamed from the host block by block.
+    streamed from the host block by block. resident: of every network that streams, the share of its blocks' bytes, in
+    [0, 1], that stays on the device throughout (which blocks: `stream_parts.staying`); streamed blocks are always
+    recomputed, these as the phase says.
     """
 
     precision: str = "fp32"
@@ -77,6 +80,7 @@ class MemoryPolicy:
     attention: str = "sdpa"
     fsdp: str = "none"
     frozen: str = "device"
+    resident: float = 0.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "phases", MappingProxyType(dict(self.phases)))
@@ -86,6 +90,7 @@ class MemoryPolicy:
         _one_of("attention", self.attention, MEMORY_CHOICES["attention"])
         _one_of("fsdp", self.fsdp, MEMORY_CHOICES["fsdp"])
         _one_of("frozen", self.frozen, MEMORY_CHOICES["frozen"])
+        fraction("memory.resident", self.resident)
         for name, optimizer in self.optimizers.items():
             if self.precision == "fp16" and optimizer.update == "fused":
                 raise LowVRAMError(
@@ -153,6 +158,7 @@ class MemoryPolicy:
             "attention": self.attention,
             "fsdp": self.fsdp,
             "frozen": self.frozen,
+            "resident": self.resident,
         }
 
     @classmethod
@@ -193,6 +199,7 @@ class MemoryPolicy:
             attention=memory.attention,
             fsdp=memory.fsdp,
             frozen=memory.frozen,
+            resident=memory.resident,
         )
 
     def __hash__(self) -> int:
@@ -205,6 +212,7 @@ class MemoryPolicy:
                 self.attention,
                 self.fsdp,
                 self.frozen,
+                self.resident,
             )
         )
 

@@ -57,7 +57,8 @@ class Rescue:
             if found is None:
                 raise given_up(where, failure, self.applied.device, reserved_bytes)
             policy, what = found
-            if policy.optimizers != self.applied.policy.optimizers:
+            now = self.applied.policy
+            if (policy.optimizers, policy.resident) != (now.optimizers, now.resident):
                 self.again(where, self.applied.settle)  # `change` would, and it can't be called again
             self.applied.change(policy)
             self.say(f"out of memory in {where} ({wanted_in_words(failure)}): {what}; the step is done again")

@@ -1,5 +1,7 @@
 """Whole blocks on the host, brought to the device one ahead of their use: a network larger than the device's memory.
 
+Some of them may stay on the device (`resident`): what they compute is time for the copies of the others.
+
 Why two slots are enough. A block's weights are read by its forward, by its recomputation in the backward, and by the
 backward that follows it. In the forward, one block runs at a time. In the backward, autograd runs the nodes that are
 ready in the reverse order of their creation, and each node after all that used its result. So the node made last of
@@ -21,7 +23,7 @@ from torch.utils._pytree import tree_map_only
 
 from lowvram.memory import host
 from lowvram.memory.checkpointing import Forward, recompute, wrapped_forwards
-from lowvram.memory.stream_parts import Order, Slot, StreamedBlock, host_buffers
+from lowvram.memory.stream_parts import Order, Slot, StreamedBlock, host_buffers, staying
 
 
 class BlockStream:
@@ -40,6 +42,8 @@ class BlockStream:
         device: where they run.
         stay: parameters that are on the device throughout although they lie inside blocks (trained ones of a frozen
             network).
+        resident: the share, in [0, 1], of the blocks' bytes that is on the device throughout, in whole blocks: those
+            that `stream_parts.staying` tells. They run as they would without streaming.
     """
 
     def __init__(
@@ -49,6 +53,7 @@ class BlockStream:
         device: torch.device,
         *,
         stay: Collection[nn.Parameter] = (),
+        resident: float = 0.0,
     ) -> None:
         self.device = torch.device(device)
         # Called with a block's name each time that it is about to be used in a forward, with its weights on the device,
@@ -56,9 +61,10 @@ class BlockStream:
         # before an error stays changed. Not called in a backward, whose weights must be the forward's, nor by `loaded`.
         self.on_load: Callable[[str], bool] | None = None
         self._copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        self._blocks = self._take_over(network, blocks, set(stay))
-        self._of_module = {id(block.module): block for block in self._blocks.values()}
-        self._slot_bytes = max((block.size_bytes for block in self._blocks.values()), default=0)
+        self.copied_bytes = 0  # of weights, in either direction, since it was made
+        self._staying: dict[str, StreamedBlock] = {}
+        self._blocks: dict[str, StreamedBlock] = {}
+        self._move_out(self._take_over(network, blocks, set(stay), resident))
         self._slots: list[Slot] = []
         self._recent: Slot | None = None  # the slot that was used last, and so may be in use still
         self._order = Order()
@@ -71,6 +77,17 @@ class BlockStream:
     def params(self) -> dict[str, list[nn.Parameter]]:
         """The parameters that stream, by the names of their blocks; all others are on the device."""
         return {name: list(block.params) for name, block in self._blocks.items()}
+
+    @property
+    def staying(self) -> dict[str, list[nn.Parameter]]:
+        """As `params`, of the blocks that stay on the device."""
+        return {name: list(block.params) for name, block in self._staying.items()}
+
+    def stream_all(self) -> None:
+        """No block stays on the device any longer. Not while the network runs."""
+        self.flush(release=True)  # for slots that are too small
+        self._move_out(self._staying)
+        self._staying = {}
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -270,6 +287,7 @@ class BlockStream:
         """Copy as many bytes as both have, after all that was launched before; an event for its end."""
         count = min(len(target), len(source))
         target, source = target[:count], source[:count]
+        self.copied_bytes += count
         if self._copies is None:
             target.copy_(source)
             return None
@@ -288,8 +306,9 @@ class BlockStream:
 
     @torch.no_grad()
     def _take_over(
-        self, network: nn.Module, blocks: Mapping[str, nn.Module], stay: set[nn.Parameter]
+        self, network: nn.Module, blocks: Mapping[str, nn.Module], stay: set[nn.Parameter], resident: float
     ) -> dict[str, StreamedBlock]:
+        """Bring to the device what is there throughout; the blocks that are not, still where they were."""
         holders: dict[nn.Parameter, set[str]] = {}  # by name; "" for whatever is no block
         inside = {id(module) for block in blocks.values() for module in block.modules()}
         for name, block in blocks.items():
@@ -303,17 +322,26 @@ class BlockStream:
                     holders.setdefault(param, set()).add("")
             for key, buffer in module.named_buffers(recurse=False):
                 module._buffers[key] = buffer.to(self.device)
-        for param, names in holders.items():
-            if names == {""} or len(names) > 1:
-                param.data = param.data.to(self.device)
         made = {
             name: StreamedBlock.make(name, block, [p for p in block.parameters() if holders[p] == {name}])
             for name, block in blocks.items()
         }
-        sizes_bytes = {name: block.size_bytes for name, block in made.items()}
+        stays = staying([block.size_bytes for block in made.values()], resident)
+        self._staying = {name: block for (name, block), here in zip(made.items(), stays, strict=True) if here}
+        for param, names in holders.items():
+            if names == {""} or len(names) > 1 or names <= self._staying.keys():
+                param.data = param.data.to(self.device)
+        return {name: block for name, block in made.items() if name not in self._staying}
+
+    @torch.no_grad()
+    def _move_out(self, blocks: Mapping[str, StreamedBlock]) -> None:
+        """Stream these blocks too: their weights go to the host."""
+        sizes_bytes = {name: block.size_bytes for name, block in blocks.items()}
         for name, buffer in host_buffers(sizes_bytes, pinned=self.device.type == "cuda"):
-            made[name].move_to(buffer)
-        return made
+            blocks[name].move_to(buffer)
+        self._blocks |= blocks
+        self._of_module = {id(block.module): block for block in self._blocks.values()}
+        self._slot_bytes = max((block.size_bytes for block in self._blocks.values()), default=0)
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """What a stream of blocks is made of: a block's place on the host, a slot on the device, a guess at what comes next."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -27,7 +27,7 @@ class StreamedBlock:
     @classmethod
     def make(cls, name: str, module: nn.Module, params: list[nn.Parameter]) -> "StreamedBlock":
         """A block whose parameters are where they were."""
-        sizes_bytes = [-(-param.nbytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES for param in params]
+        sizes_bytes = [aligned(param.nbytes) for param in params]
         return cls(
             name=name,
             module=module,
@@ -100,6 +100,26 @@ class Order:
         self._next[self._last] = name
         self._last = (pass_, *self._last[1:][-self.MEMORY + 1 :], name)
         return self._next.get(self._last)
+
+
+def aligned(size_bytes: int) -> int:
+    """What a parameter of so many bytes takes in a buffer."""
+    return -(-size_bytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+
+
+def staying(sizes_bytes: Sequence[int], share: float) -> list[bool]:
+    """Which of a network's blocks stay on the device when a share of its bytes, in [0, 1], does.
+
+    They are spread evenly over the order in which they run, so that the copies of those between them have time: going
+    through it, a block stays when that brings what has stayed nearer to the share of what was passed. All together are
+    thus within half a block of it.
+    """
+    found, passed, kept = [], 0, 0
+    for size in sizes_bytes:
+        passed += size
+        found.append(size > 0 and share * passed - kept >= size / 2)
+        kept += size if found[-1] else 0
+    return found
 
 
 def host_buffers(sizes_bytes: Mapping[str, int], *, pinned: bool) -> Iterator[tuple[str, Tensor]]:

@@ -376,8 +376,11 @@ class Updater:
     ) -> dict[str, Bucket]:
         if self._is_plain():
             blocks = {}  # one optimizer over all: the fewest and largest kernels
-        mine = {name: [p for p in params if p in self._indices] for name, params in blocks.items()}
-        in_blocks = {p for params in mine.values() for p in params}
+        mine: dict[str, list[nn.Parameter]] = {}
+        in_blocks: set[nn.Parameter] = set()
+        for name, params in blocks.items():  # what several blocks share belongs to the first of them
+            mine[name] = [p for p in params if p in self._indices and p not in in_blocks]
+            in_blocks.update(mine[name])
         mine["rest"] = [p for p in self.params if p not in in_blocks]
         buckets = {}
         for name, params in mine.items():

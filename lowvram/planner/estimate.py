@@ -2,22 +2,27 @@
 
 Parts of a step don't overlap in memory, so that a step's peak is the highest of its parts' beside what is there
 throughout; and the time of a step is the sum of its parts'.
+
+Pieces are recorded with all blocks of a stream on the host. A share that stays on the device is worked out from them:
+its weights are there throughout, slots are for the largest of the others, and less is copied.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 from lowvram.memory.ladder import PhaseFacts
 from lowvram.memory.policy import MemoryPolicy, OptimizerPolicy
+from lowvram.memory.stream_parts import aligned, staying
 from lowvram.planner import cost
 from lowvram.planner.cards import Card
 from lowvram.planner.compose import Flow, Taking, Writer, flow
 from lowvram.planner.cost import Rates
-from lowvram.planner.log import AVERAGE, OPTIMIZER, Requests, Work
+from lowvram.planner.log import AVERAGE, OPTIMIZER, WEIGHTS, Requests, Work
+from lowvram.planner.options import streams_all
 from lowvram.planner.pieces import Pieces
 from lowvram.planner.record import Piece
-from lowvram.planner.tracing import Facts, Job, Recorded, Structure
+from lowvram.planner.tracing import Facts, Job, Recorded, Stream, Structure
 
 STEPS = 2  # of a replay: the second finds what the first left of the allocator's segments
 Choice = tuple[int, str, int]  # micro_batch, activations, recompute_every
@@ -51,7 +56,12 @@ class Estimator:
     @cached_property
     def facts(self) -> Facts:
         """Of the subject."""
-        return self.pieces.facts(self.structure)
+        return self.pieces.facts(self.recorded_under)
+
+    @property
+    def recorded_under(self) -> Structure:
+        """The structure under which pieces are recorded."""
+        return replace(self.structure, resident=0.0)
 
     @property
     def streams(self) -> bool:
@@ -68,9 +78,12 @@ class Estimator:
     def job(self, phase: PhaseFacts, choice: Choice) -> Job:
         """What records a phase's micro-batch."""
         micro, activations, every = choice
+        structure = self.structure if self._is_recorded_anew(phase, choice) else self.recorded_under
+        if structure != self.structure and streams_all(phase, structure):
+            activations = "keep"  # the name of what streamed blocks do, which is to be recomputed
         runs = 2 if self.as_recorded and micro < phase.samples_per_process else 1
         return Job(
-            structure=self.structure,
+            structure=structure,
             what="phase",
             name=phase.name,
             samples=micro,
@@ -78,6 +91,10 @@ class Estimator:
             activations=activations,
             recompute_every=every if activations == "recompute" else 1,
         )
+
+    def _is_recorded_anew(self, phase: PhaseFacts, choice: Choice) -> bool:
+        """Whether blocks that stay on the device do something else than to be recomputed, one by one."""
+        return self.structure.resident > 0 and phase.has_blocks and choice[1:] != ("recompute", 1)
 
     def wanted(self, phase: PhaseFacts, choice: Choice) -> Job:
         """What has to be recorded to know a choice."""
@@ -97,7 +114,14 @@ class Estimator:
         return self._phases[key]
 
     def _price_phase(self, phase: PhaseFacts, choice: Choice, own: OptimizerPolicy) -> PartCost:
-        piece = self.recorded(phase, choice).piece
+        recorded = self.recorded(phase, choice)
+        piece = recorded.piece
+        copied = piece.work.host_bytes
+        if self._is_recorded_anew(phase, choice):  # with the state of what stays beside it
+            beside = self.resident_state(phase.optimizer, replace(own, state="device"))
+            copied += 2 * sum(beside) if own.state == "host" else 0
+        else:
+            copied = max(0.0, copied - self._saved_bytes(recorded, phase, own))
         count = -(-phase.samples_per_process // choice[0])
         flows = self.flows(phase, choice, own)
         peak = held = self._slots_bytes(phase)
@@ -108,16 +132,24 @@ class Estimator:
         runs = 2 if self.as_recorded and count > 1 else 1
         time = cost.seconds(replace(piece.work, host_bytes=0.0), self.card, self.rates)
         times = count / runs
-        pcie = (piece.work.host_bytes * times + host) / (self.card.pcie_bytes_per_second * self.rates.pcie)
+        pcie = (copied * times + host) / (self.card.pcie_bytes_per_second * self.rates.pcie)
         busy = max(time.gpu_seconds, time.launch_seconds) * times
         return PartCost(
             peak_bytes=peak,
             seconds=busy + max(0.0, pcie - self.rates.overlap * busy),
             gpu_seconds=time.gpu_seconds * times,
             flops=float(piece.work.flops.sum()) * times,
-            host_bytes=piece.work.host_bytes * times + host,
+            host_bytes=copied * times + host,
             offloaded_bytes=piece.work.host_bytes / 2 if choice[1] == "offload" else 0.0,
         )
+
+    def _saved_bytes(self, recorded: Recorded, phase: PhaseFacts, own: OptimizerPolicy) -> float:
+        """What a recorded phase copied between host and device of the blocks that stay on the device."""
+        whole = sum(map(sum, (block for stream in self.facts.streams for block in stream.blocks)))
+        if not whole:
+            return 0.0
+        weights = recorded.copied_bytes * sum(size for sizes in self._staying.values() for size in sizes) / whole
+        return weights + 2 * sum(self.resident_state(phase.optimizer, own))
 
     def flows(self, phase: PhaseFacts, choice: Choice, own: OptimizerPolicy) -> list[Flow]:
         """The first micro-batch of a phase, and one of the others if there are."""
@@ -142,7 +174,7 @@ class Estimator:
     def update_job(self, optimizer: str, own: OptimizerPolicy) -> Job:
         """What records an update. Streamed weights' are recorded deferred, as their phases are."""
         own = replace(own, update="deferred") if self.streams else own
-        return Job(structure=self.structure, what="update", name=optimizer, optimizer=own)
+        return Job(structure=self.recorded_under, what="update", name=optimizer, optimizer=own)
 
     def update_piece(self, optimizer: str, own: OptimizerPolicy) -> Recorded:
         """An update as recorded, its state among the residents."""
@@ -183,14 +215,14 @@ class Estimator:
         """The averages' update."""
         if not self.facts.average_bytes:
             return PartCost(peak_bytes=0, seconds=0.0)
-        recorded = self.pieces.get(Job(structure=self.structure, what="average"))
+        recorded = self.pieces.get(Job(structure=self.recorded_under, what="average"))
         host = float(self.facts.average_bytes) if place == "host" else 0.0
         work = replace(recorded.piece.work, host_bytes=host)
         peak = 0 if place == "host" else flow(recorded.piece, Taking(later=True)).peak_bytes()
         return PartCost(peak_bytes=peak + self._slots_bytes(), seconds=self._alone(work), host_bytes=host)
 
     def _sampled(self, slice_: int) -> Recorded:
-        return self.pieces.like(Job(structure=self.structure, what="sample", samples=slice_), 1)
+        return self.pieces.like(Job(structure=self.recorded_under, what="sample", samples=slice_), 1)
 
     def _alone(self, work: Work) -> float:
         """Seconds of work whose copies nothing runs beside."""
@@ -205,14 +237,47 @@ class Estimator:
         for name, own in optimizers.items():
             state = self.update_piece(name, own).residents.sizes
             sizes += [(OPTIMIZER, size) for _, size in state]
-        return sizes
+            sizes += [(OPTIMIZER, size) for size in self.resident_state(name, own)]
+        return sizes + [(WEIGHTS, size) for own_sizes in self._staying.values() for size in own_sizes]
+
+    def resident_bytes(self, optimizer: str | None) -> int:
+        """The weights of streamed networks that stay on the device, of an optimizer; None: of frozen networks."""
+        return sum(self._staying.get(optimizer, ()))
+
+    @cached_property
+    def _staying(self) -> dict[str | None, list[int]]:
+        """Bytes of the parameters that stay on the device, by the optimizer."""
+        found: dict[str | None, list[int]] = {}
+        for stream, stays in self._stays():
+            own = [block for block, here in zip(stream.blocks, stays, strict=True) if here]
+            found.setdefault(stream.optimizer, []).extend(size for block in own for size in block)
+        return found
+
+    def _stays(self) -> Iterator[tuple[Stream, list[bool]]]:
+        """Networks that stream, and which of their blocks stay."""
+        for stream in self.facts.streams:
+            yield stream, staying([sum(map(aligned, block)) for block in stream.blocks], self.structure.resident)
+
+    def resident_state(self, optimizer: str, own: OptimizerPolicy) -> list[int]:
+        """Bytes of the state of weights that stay, where it does too: that of streamed ones is on the host."""
+        if not self.streams or own.state == "host" or not self.resident_bytes(optimizer):
+            return []
+        share = self.resident_bytes(optimizer) / self.facts.parameter_bytes[optimizer]
+        return [int(self.update_piece(optimizer, own).state_bytes * share)]
 
     def slots(self) -> list[tuple[int, int]]:
         """What streams hold on the device between uses: in every phase but those of a second derivative."""
-        for phase in self.facts.phases if self.structure.has_slots else ():
-            if not phase.second_order:
-                return list(self.recorded(phase, (phase.group, "keep", 1)).residents.sizes)
-        return []
+        first = next((phase for phase in self.facts.phases if not phase.second_order), None)
+        if first is None or not self.structure.has_slots:
+            return []
+        if not self.structure.resident:
+            return list(self.recorded(first, (first.group, "keep", 1)).residents.sizes)
+        sizes = []
+        for stream, stays in self._stays():
+            blocks = zip(stream.blocks, stays, strict=True)
+            streamed = sorted(sum(map(aligned, block)) for block, here in blocks if not here)
+            sizes += [(WEIGHTS, largest) for largest in streamed[-1:] * len(streamed[:2])]
+        return sizes
 
     def _slots_bytes(self, phase: PhaseFacts | None = None) -> int:
         if phase is not None and phase.second_order:
@@ -240,7 +305,7 @@ class Estimator:
                 writer.mark("average")
                 self._write_waiting(writer, policy)
                 if policy.ema == "device":
-                    average = self.pieces.get(Job(structure=self.structure, what="average"))
+                    average = self.pieces.get(Job(structure=self.recorded_under, what="average"))
                     writer.play(flow(average.piece, Taking(later=True)))
         if self.facts.samples_images:
             writer.mark("sampling")

@@ -260,11 +260,13 @@ class _Author:
         for name in facts.optimizers:
             own = self.policy.optimizer(name)
             weights = facts.parameter_bytes[name]
-            total += weights * ((own.weights == "stream") + (own.update == "deferred"))
+            total += weights - self.estimator.resident_bytes(name) if own.weights == "stream" else 0
+            total += weights if own.update == "deferred" else 0
             if own.state == "host" or own.weights == "stream":
                 total += self.estimator.update_piece(name, own).state_bytes
+                total -= sum(self.estimator.resident_state(name, own))
         total += facts.average_bytes if self.policy.ema == "host" else 0
-        total += facts.frozen_bytes if self.policy.frozen == "stream" else 0
+        total += facts.frozen_bytes - self.estimator.resident_bytes(None) if self.policy.frozen == "stream" else 0
         offloaded = [
             self.estimator.phase(phase, choice_of(self.policy, phase), self.policy.optimizer(phase.optimizer))
             for phase in facts.phases

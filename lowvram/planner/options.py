@@ -1,7 +1,8 @@
 """What the planner may choose from: the values of each setting, by what they cost to look into.
 
 Tier 1 cuts phases into micro-batches. Tier 2 recomputes or offloads activations, defers updates, and moves state and
-averages to the host. Tier 3 streams weights: those of frozen networks alone, which costs no deferred update, or all.
+averages to the host. Tier 3 streams weights: those of frozen networks alone, which costs no deferred update, or all;
+and of these a share of the blocks, or none, stays on the device.
 All of it trains the same network; what would not has to be allowed.
 """
 
@@ -22,6 +23,7 @@ LOSSES = {  # allow=...: another loss
     "fd_r1": "R1 by finite differences (loss.r1_kind=finite_difference)",
     "pl_shrink": "path length on half as many images (loss.path_length_batch_shrink doubled)",
 }
+SHARES = (0.2, 0.35, 0.5, 0.6, 0.7, 0.8, 0.9)  # of what streams that may stay on the device
 ALLOWED = {**ROUNDINGS, **LOSSES}
 
 
@@ -29,7 +31,8 @@ ALLOWED = {**ROUNDINGS, **LOSSES}
 class Fixed:
     """Settings that the user wrote, which no plan changes: by phase, by optimizer, and for all.
 
-    weights: of every network, frozen: of those that no update changes; None: as the plan wants them.
+    weights: of every network, frozen: of those that no update changes; None: as the plan wants them. resident: the
+    share of what streams, if anything does.
     """
 
     phases: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -37,6 +40,7 @@ class Fixed:
     ema: str | None = None
     weights: str | None = None
     frozen: str | None = None
+    resident: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +80,23 @@ def options(
     return Options(structure=structure, phases=phases, optimizers=optimizers, ema=places)
 
 
+def shares(facts: Facts, fixed: Fixed) -> tuple[float, ...]:
+    """The shares of what streams that may stay on the device.
+
+    None with phases of a second derivative, which bring whole networks there. Blocks that stay are recomputed, as those
+    that stream are: what was recorded of these tells the rest.
+    """
+    if fixed.resident is not None:
+        return (fixed.resident,)
+    recomputed = all(
+        not phase.second_order
+        and fixed.phases.get(phase.name, {}).get("activations", "recompute") == "recompute"
+        and fixed.phases.get(phase.name, {}).get("recompute_every", 1) == 1
+        for phase in facts.phases
+    )
+    return (0.0, *SHARES) if recomputed else (0.0,)
+
+
 def legal(facts: Facts, optimizers: Mapping[str, OptimizerPolicy], micro_batches: Mapping[str, int]) -> bool:
     """Whether a fused update, if there is one, is exact: one backward in a step, and no bound on the norm."""
     for phase in facts.phases:
@@ -97,7 +118,7 @@ def _micro_batches(phase: PhaseFacts, fixed: Fixed) -> list[int]:
 
 
 def _activations(phase: PhaseFacts, tier: int, structure: Structure, fixed: Fixed) -> list[tuple[str, int]]:
-    streams, sharded = _streams_all(phase, structure), structure.sharded
+    streams, sharded = streams_all(phase, structure), structure.sharded
     own = fixed.phases.get(phase.name, {})
     every = int(own.get("recompute_every", 1))
     if "activations" in own:
@@ -108,12 +129,14 @@ def _activations(phase: PhaseFacts, tier: int, structure: Structure, fixed: Fixe
         return [("keep", 1)] if phase.second_order or not phase.has_blocks else [("keep", 1), ("recompute", every)]
     if phase.second_order:
         return [("offload", 1)] if streams else [("keep", 1), ("offload", 1)]
+    if structure.resident and phase.has_blocks:  # those that stay are recomputed too
+        return [("recompute", every)]
     if streams:
         return [("keep", 1)]  # streamed blocks are recomputed as it is
     return [("keep", 1), ("recompute", every)] if phase.has_blocks else [("keep", 1), ("offload", 1)]
 
 
-def _streams_all(phase: PhaseFacts, structure: Structure) -> bool:
+def streams_all(phase: PhaseFacts, structure: Structure) -> bool:
     """Whether all blocks of a phase are streamed."""
     frozen = structure.frozen == "stream" and phase.frozen_blocks and not phase.trained_blocks
     return structure.weights == "stream" or frozen
@@ -174,6 +197,7 @@ def policy_of(
         attention=structure.attention,
         fsdp=structure.fsdp,
         frozen=structure.frozen,
+        resident=structure.resident,
         ema=ema,
         optimizers=optimizers,
         phases={

@@ -335,6 +335,8 @@ def settings_of(policy: MemoryPolicy, phases: Collection[str], *, plain: MemoryP
     for word in ("ema", "attention", "fsdp", "frozen"):
         if getattr(policy, word) != getattr(plain, word):
             words[f"memory.{word}"] = getattr(policy, word)
+    if policy.resident != plain.resident:
+        words["memory.resident"] = f"{policy.resident:g}"
     return words
 
 
@@ -433,6 +435,8 @@ def _policy(value: Any, where: str) -> MemoryPolicy:
             kind: type[Any] = PhasePolicy if name == "phases" else OptimizerPolicy
             parts = _by_name(_record_of(kind))(entry, f"{where}.{name}")
             checked[name] = {part: asdict(policy) for part, policy in parts.items()}
+        elif name == "resident":
+            checked[name] = _number(entry, f"{where}.{name}")
         elif name in get_type_hints(MemoryPolicy):
             checked[name] = _text(entry, f"{where}.{name}")
         else:

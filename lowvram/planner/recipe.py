@@ -135,7 +135,15 @@ def fixed_by(settings: Settings) -> Fixed:
             phases.setdefault(name, {})["recompute_every"] = memory.recompute_every
     ema = memory.ema if "memory.ema" in settings.overrides else None
     frozen = memory.frozen if "memory.frozen" in settings.overrides else None
-    return Fixed(phases=phases, optimizers=optimizers, ema=ema, weights=_fixed_weights(settings), frozen=frozen)
+    resident = memory.resident if "memory.resident" in settings.overrides else None
+    return Fixed(
+        phases=phases,
+        optimizers=optimizers,
+        ema=ema,
+        weights=_fixed_weights(settings),
+        frozen=frozen,
+        resident=resident,
+    )
 
 
 def _weights_dtype(settings: Settings) -> str:

@@ -19,7 +19,7 @@ from lowvram.planner.calibration import Constants
 from lowvram.planner.cards import Card
 from lowvram.planner.estimate import Choice, Estimator, choice_of
 from lowvram.planner.log import ACTIVATIONS, Requests
-from lowvram.planner.options import Fixed, Options, legal, may_fuse, options, policy_of
+from lowvram.planner.options import Fixed, Options, legal, may_fuse, options, policy_of, shares
 from lowvram.planner.pieces import Pieces, large
 from lowvram.planner.tracing import Job, Structure, kinds_of
 
@@ -90,7 +90,11 @@ class Search:
         self.pieces, self.card, self.constants = pieces, card, constants
         self.fixed, self.allow = fixed or Fixed(), tuple(allow)
         self.resident = Estimator(pieces, structure, card)
-        self.streamed = [Estimator(pieces, own, card) for own in self._streamed_structures(structure)]
+        self.streamed = [
+            Estimator(pieces, replace(own, resident=share), card)
+            for own in self._streamed_structures(structure)
+            for share in shares(self.resident.facts, self.fixed)
+        ]
         self._frontiers: dict[int, list[Candidate]] = {}
         self._weighed: dict[MemoryPolicy, Weighed] = {}
 
@@ -285,8 +289,12 @@ class Search:
                 estimator=estimator,
                 seconds=seconds,
                 live_bytes=held + max([floor] + [row[1] for row in picked.values()]),
-                techniques=_techniques(chosen, optimizers, ema) + (estimator.structure.frozen != "device"),
+                techniques=_techniques(chosen, optimizers, ema) + _of_streams(estimator.structure),
             )
+
+
+def _of_streams(structure: Structure) -> int:
+    return (structure.frozen != "device") + (structure.resident > 0)
 
 
 def _jobs(estimator: Estimator, offered: Options) -> list[Job]:
@@ -296,9 +304,9 @@ def _jobs(estimator: Estimator, offered: Options) -> list[Job]:
             jobs.append(estimator.wanted(phase, choice))
     jobs += [estimator.update_job(name, own) for name, owns in offered.optimizers.items() for own in owns]
     if estimator.facts.average_bytes:
-        jobs.append(Job(structure=estimator.structure, what="average"))
+        jobs.append(Job(structure=estimator.recorded_under, what="average"))
     if estimator.facts.samples_images:
-        jobs.append(large(Job(structure=estimator.structure, what="sample"), 1))
+        jobs.append(large(Job(structure=estimator.recorded_under, what="sample"), 1))
     return list(dict.fromkeys(jobs))
 
 

@@ -17,7 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from lowvram.memory import host
-from lowvram.memory.apply import Applied, blocks_of
+from lowvram.memory.apply import Applied
+from lowvram.memory.blocks import blocks_of
 from lowvram.memory.fsdp import local
 from lowvram.memory.ladder import PhaseFacts
 from lowvram.memory.narrow_optimizer import NarrowOptimizer
@@ -38,6 +39,7 @@ class Structure:
     weights: of all optimizers, on the device or streamed. weights_dtype, precision, attention, fsdp, frozen: as in
     MemoryPolicy. processes: that share each step, a card for each; a plan is for one of them. triton: whether the card
     runs Triton's kernels. kinds: (optimizer, kind) of those that are not adam, where updates run within the phases.
+    resident: as in MemoryPolicy; 0 where nothing streams.
     """
 
     weights: str = "device"
@@ -49,6 +51,7 @@ class Structure:
     triton: bool = False
     frozen: str = "device"
     kinds: tuple[tuple[str, str], ...] = ()
+    resident: float = 0.0
 
     @classmethod
     def of(cls, policy: MemoryPolicy, *, processes: int = 1, triton: bool = False) -> "Structure":
@@ -64,6 +67,7 @@ class Structure:
             triton=triton,
             frozen=policy.frozen,
             kinds=kinds_of({n: o.kind for n, o in policy.optimizers.items()}) if one.weights == "stream" else (),
+            resident=policy.resident,
         )
 
     @property
@@ -87,6 +91,7 @@ class Structure:
             attention=self.attention,
             fsdp=self.fsdp,
             frozen=self.frozen,
+            resident=self.resident,
             optimizers={name: replace(own, kind=dict(self.kinds).get(name, own.kind)) for name in optimizers},
         )
 
@@ -131,13 +136,22 @@ class Recorded:
 
     residents: of an update its optimizer's state; of a phase with streams the device's slots. step_sizes: of an update
     that begins inside the backward, the bytes that each parameter's gradient needs beside itself as it is complete.
-    state_bytes: of an update, of its optimizer's state wherever that is.
+    state_bytes: of an update, of its optimizer's state wherever that is. copied_bytes: weights that streams copied.
     """
 
     piece: Piece
     residents: Residents = Residents(sizes=())
     step_sizes: tuple[int, ...] = ()
     state_bytes: int = 0
+    copied_bytes: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stream:
+    """A network that streams. optimizer: None: it is frozen. blocks: their parameters' bytes, in the blocks' order."""
+
+    optimizer: str | None
+    blocks: tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +161,8 @@ class Facts:
     phases: in the order of a step, with `samples` of all processes, `every`, `terms` and `clips` beside the ladder's
     facts.
     parameter_bytes, state_bytes: of each optimizer. largest_block_bytes: its weights. frozen_bytes: weights of frozen
-    blocks, which can stream. average_slice_bytes: of averages that come to the device block by block.
+    blocks, which can stream. average_slice_bytes: of averages that come to the device block by block. streams: of the
+    structure, with all blocks that they stream.
     """
 
     phases: tuple[PhaseFacts, ...]
@@ -165,6 +180,7 @@ class Facts:
     own_precision: bool
     frozen_bytes: int = 0
     average_slice_bytes: int = 0
+    streams: tuple[Stream, ...] = ()
 
 
 class Tracer:
@@ -253,6 +269,9 @@ class Tracer:
             own_precision=subject.own_precision,
             frozen_bytes=applied.frozen_bytes(),
             average_slice_bytes=sum(_slice_bytes(average.target) for average in subject.averages),
+            streams=tuple(
+                Stream(optimizer=name, blocks=tuple(map(tuple, blocks))) for name, blocks in applied.streamed_bytes()
+            ),
         )
 
     # Jobs.
@@ -271,18 +290,19 @@ class Tracer:
             updater.finish(torch.zeros([]), None) if streams else updater.discard()
         elif self.structure.has_slots:
             self.applied.make_slots()
+        copied_bytes = self.applied.copied_bytes()
         self.recorder.start()
         with self._marked(updater), self._collecting(phase):
             self._run(phase, job)
         if streams:
             updater.finish(torch.zeros([]), None)
         piece = self.recorder.cut()
+        copied_bytes = self.applied.copied_bytes() - copied_bytes
         updater.discard()
         self.applied.settle()
         gc.collect()
-        return Recorded(
-            piece=piece, residents=Residents(sizes=tuple((WEIGHTS, size) for size in self.applied.slot_sizes_bytes()))
-        )
+        slots = tuple((WEIGHTS, size) for size in self.applied.slot_sizes_bytes())
+        return Recorded(piece=piece, residents=Residents(sizes=slots), copied_bytes=copied_bytes)
 
     def _run(self, phase: Phase, job: Job) -> None:
         def micro_batches() -> Iterator[Any]:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
 
 from lowvram.errors import LowVRAMError
-from lowvram.settings.checks import at_least, check_resolution, one_of, parse_bytes
+from lowvram.settings.checks import at_least, check_resolution, fraction, one_of, parse_bytes
 
 PRECISIONS = ("auto", "fp32", "fp16", "bf16")
 KERNELS = ("auto", "reference", "triton")
@@ -57,7 +57,7 @@ class MemorySettings:
 
     policy: auto plans for the card that is there, recipe goes by the settings below, and the path of a plan.json or of
     a policy by that. activations by phase; optimizer, update, state, weights and weights_dtype by optimizer. frozen:
-    where the weights are that no update changes.
+    where the weights are that no update changes. resident: the share of what streams that stays on the device.
     """
 
     activations: dict[str, str]
@@ -72,11 +72,13 @@ class MemorySettings:
     fsdp: str
     policy: str = "auto"  # run folders from before there was one mean this, here and below
     frozen: str = "device"
+    resident: float = 0.0
 
     def __post_init__(self) -> None:
         if self.policy not in ("auto", "recipe") and not self.policy.endswith(".json"):
             raise LowVRAMError(f"memory={self.policy} is not known.", "Use auto, recipe, or the path of a plan.json.")
         at_least("memory.recompute_every", self.recompute_every, 1)
+        fraction("memory.resident", self.resident)
         for name, values in {**self.by_optimizer(), "activations": self.activations}.items():
             for key, value in values.items():
                 one_of(f"memory.{name}.{key}", value, MEMORY_CHOICES[name])

@@ -99,6 +99,11 @@ class LatentTask(Task):
                     raise LowVRAMError(f"{name} is given without an image to change.", "Give init as well.")
             z = sampler.from_noise(shape, seeds, **told)
             return self.codec.decode(z, self.device, sampler.micro_batch)
+        if wishes.size is not None:
+            raise LowVRAMError(
+                f"size={wishes.size[0]}x{wishes.size[1]} beside an image to change, which has a size.",
+                "Leave size out.",
+            )
         return self._changed(init, mask, strength, sampler, seeds, told)
 
     def _changed(

@@ -148,7 +148,7 @@ def test_phases_of_your_own_are_planned_with_what_they_go_through() -> None:
     assert row.by_category["weights"] == pytest.approx(weights, rel=0.01)
     assert row.by_category["optimizer"] < 2**14
     assert row.by_category["gradients"] < 2**14
-    budget = f"{(whole.needed_bytes - weights // 2) // 2**20}MB"
+    budget = f"{(whole.needed_bytes - weights * 8 // 10) // 2**20}MB"  # too little for a share that stays
     plan = plan_memory([phase], budget, example=torch.empty(1, 3, 5), precision="fp32", card="RTX 3060")
     assert plan.fits
     assert plan.settings == {"memory.frozen": "stream"}
@@ -209,7 +209,7 @@ def test_state_of_the_host_is_of_the_optimizer_that_is_used() -> None:
 
     from lowvram.planner import make
 
-    fixed = Fixed(optimizers={"all": {"kind": "adam8bit"}}, weights="stream")
+    fixed = Fixed(optimizers={"all": {"kind": "adam8bit"}}, weights="stream", resident=0.0)
     request = make.Request(
         build=full, name="all", batch=1, kimg=1.0, fixed=fixed, structure=Structure(triton=True), processes=1
     )
