@@ -1,7 +1,7 @@
 """Does a published StyleGAN2 move towards a new style from a few pictures, and sooner than from nothing?
 
-    python -m benchmarks.transfer [--out FOLDER] [--style negative|sketch] [--images 60] [--pretrain-kimg 6] [--kimg 2]
-        [--weights FILE] [--freeze-d 4] [--generated 512] [setting=value ...]
+    python -m benchmarks.transfer [--out FOLDER] [--style tinted|sketch|negative] [--images 60] [--pretrain-kimg 6]
+        [--kimg 2] [--weights FILE] [--freeze-d 4] [--generated 512] [setting=value ...]
 
 A generator learns the built-in faces (recipe faces32) and is written as a file of weights. From it, FreezeD fine-tunes
 on a few faces in another style; beside it the same recipe begins with random weights. Then samples of the generator
@@ -63,7 +63,16 @@ def negative(faces: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return 255 - faces
 
 
-STYLES: dict[str, Callable[[NDArray[np.uint8]], NDArray[np.uint8]]] = {"sketch": sketch, "negative": negative}
+def tinted(faces: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """As printed on violet paper. uint8 [H, W, 3] -> the same."""
+    return np.round(faces * (np.array([150, 100, 220], np.float32) / 255)).astype(np.uint8)
+
+
+STYLES: dict[str, Callable[[NDArray[np.uint8]], NDArray[np.uint8]]] = {
+    "tinted": tinted,
+    "sketch": sketch,
+    "negative": negative,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +80,7 @@ class Options:
     """What the command was asked for."""
 
     out: Path
-    style: str = "negative"
+    style: str = "tinted"
     images: int = 60
     pretrain_kimg: float = 6
     kimg: float = 2
