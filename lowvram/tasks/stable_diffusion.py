@@ -66,6 +66,7 @@ class StableDiffusionTask(LatentTask):
             text = published.text(self.pipeline, settings, device)
             tuned = fine_tuned.make(settings, self.pipeline, text, device, untrained=untrained)
         self.tuned, self.condition = tuned, tuned.condition
+        self.scale, self.shift = 1.0, 0.0  # of latents, known with the data
         self.networks = dict(self.tuned.trained)
         if settings.ema.enabled:
             self.tuned.average()
@@ -139,6 +140,7 @@ class StableDiffusionTask(LatentTask):
             self._take_in_data()
 
     def _take_in_data(self) -> None:
+        self.scale, self.shift = self.codec.autoencoder.scaling_factor, self.codec.autoencoder.shift_factor
         self._check_captions()
         self.condition.read(self.instances.captions, self.say, own=self.instances.own)
         if self.instances.size_ids is not None:
@@ -176,8 +178,7 @@ class StableDiffusionTask(LatentTask):
         settings, channels = self.settings, self.settings.latent.channels
         moments = micro.images.to(self.device)  # [b, 2 C or, with a mask, 2 C + 1, h, w]
         noise = seeded.randn(micro.seeds, channels, *moments.shape[2:], stream="latent", device=self.device)
-        autoencoder = self.codec.autoencoder
-        x0 = (sample_latents(moments[:, : 2 * channels], noise) - autoencoder.shift_factor) * autoencoder.scaling_factor
+        x0 = (sample_latents(moments[:, : 2 * channels], noise) - self.shift) * self.scale
         told = self.condition.training(micro.labels, micro.seeds, self.tuned.text)
         mask = moments[:, 2 * channels :]
         losses = diffusion_loss(
