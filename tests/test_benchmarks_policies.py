@@ -26,6 +26,7 @@ SMALL_UNET = {
 }
 
 
+@pytest.mark.slow
 def test_traced_is_what_is_counted_on_real_tensors_and_savings_show():
     settings = [*TINY, "augment.p=1", "out=unused", "precision=fp32"]
     only = ["plain", "recompute", "offload R1 and path length"]

@@ -17,6 +17,7 @@ PREDICTION = Prediction(
 )
 
 
+@pytest.mark.slow
 def test_a_run_on_a_cpu_is_predicted_to_the_byte(tmp_path: Path) -> None:
     out = tmp_path / "result.json"
     words = ["--recipes", "faces32:8", "--policies", "plain,lean", "--json", str(out)]

@@ -84,7 +84,7 @@ def compare(one: Path, two: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["batch=4"], "batch=4 does not divide among 2 processes"),
+        pytest.param(["batch=4"], "batch=4 does not divide among 2 processes", marks=pytest.mark.slow),
         pytest.param(
             ["model.mbstd_group_size=1"],
             "the 4 images of phase path_length leave some of 2 processes without one",

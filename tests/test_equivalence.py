@@ -262,7 +262,8 @@ def plain_loss() -> float:
     return loss_after(MemoryPolicy())
 
 
-SLOW = ("bf16 weights", "paged_adam", "paged_adam8bit")  # what others among these hold in part
+# What others among these hold in part.
+SLOW = ("bf16 weights", "bf16 weights, 8 bit, streamed", "paged_adam", "paged_adam8bit", "lion8bit", "adafactor")
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ def whole(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str
     return make
 
 
-@pytest.mark.parametrize("kind", RECIPES)
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=[pytest.mark.slow] * (k != "lora")) for k in RECIPES])
 def test_a_resumed_run_ends_bit_for_bit(
     kind: str, home: Path, tmp_path: Path, whole: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

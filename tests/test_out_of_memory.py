@@ -269,6 +269,7 @@ def test_before_it_begins_a_fused_update_is_redone_and_becomes_deferred(
     assert_same(got, reference("memory.update.G=fused"))
 
 
+@pytest.mark.slow
 def test_one_of_several_processes_refuses(tmp_path: Path) -> None:
     """The others wait for it: an error, and not a deadlock."""
     script = tmp_path / "train_with_a_fault.py"

@@ -35,6 +35,7 @@ def test_a_run_of_a_recipe_file(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mine.yaml", "outputs"]  # no litter of Hydra's
 
 
+@pytest.mark.slow
 def test_multirun_gives_each_job_its_own_folder(tmp_path: Path) -> None:
     done = run("lowvram.train", "recipe=faces32", *SHORT, "seed=0,1", "--multirun", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -74,6 +75,7 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     assert done.returncode != 0
 
 
+@pytest.mark.slow
 def test_vram_is_kept_with_the_recipe_and_said_to_do_nothing_yet(tmp_path: Path) -> None:
     done = run("lowvram.train", "recipe=faces32", *SHORT, "vram=6GB", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -190,7 +190,7 @@ class DiffusionSettings(Settings):
                 "Use a higher resolution, a smaller latent.factor, or fewer levels.",
             )
         if self.data.buckets:
-            check_buckets(self.resolution, self.latent, self.grain)
+            check_buckets(self.resolution, self.latent, self.grain, f"network={self.network}")
 
     def at_full_cost(self) -> "DiffusionSettings":
         """Each step of sampling takes the memory of the others: two are enough to see it."""
@@ -207,8 +207,11 @@ class DiffusionSettings(Settings):
         return self.dit.patch if self.network == "dit" else int(2 ** (len(self.unet.channels) - 1))
 
 
-def check_buckets(resolution: int, latent: LatentSettings, grain: int) -> None:
-    """Raise LowVRAMError unless images of several shapes can be learned from. grain: that sides of latents have."""
+def check_buckets(resolution: int, latent: LatentSettings, grain: int, network: str) -> None:
+    """Raise LowVRAMError unless images of several shapes can be learned from.
+
+    grain: what the network needs sides of latents to be multiples of.
+    """
     if latent.crops > 1:
         raise LowVRAMError(
             f"data.buckets=true does not go with latent.crops={latent.crops}: images are hardly cut.",
@@ -218,6 +221,6 @@ def check_buckets(resolution: int, latent: LatentSettings, grain: int) -> None:
     if resolution < 3 * multiple:
         raise LowVRAMError(
             f"data.buckets=true leaves nothing but the square at resolution={resolution}: sides are multiples of "
-            f"{multiple}, latent.factor={latent.factor} times the {grain} of the network.",
+            f"{multiple}, latent.factor={latent.factor} times the {grain} of {network}.",
             "Use a higher resolution, a smaller latent.factor, fewer levels, or leave data.buckets out.",
         )

@@ -179,7 +179,7 @@ class StableDiffusionSettings(Settings):
                 f"Use {max(1, round(self.resolution / grain)) * grain}.",
             )
         if self.data.buckets:
-            check_buckets(self.resolution, self.latent, self.grain)
+            check_buckets(self.resolution, self.latent, self.grain, f"family={self.family}")
 
     def check_resolution(self) -> None:
         if not 16 <= self.resolution <= 4096:

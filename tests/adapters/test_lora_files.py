@@ -84,7 +84,7 @@ def outputs(networks: dict[str, nn.Module], pipeline: Any) -> dict[str, Tensor]:
         ("sd1", "diffusers", False),
         ("sd1", "kohya", False),
         ("sdxl", "diffusers", True),
-        ("sdxl", "kohya", False),
+        pytest.param("sdxl", "kohya", False, marks=pytest.mark.slow),
     ],
 )
 def test_diffusers_loads_what_we_write(

@@ -281,7 +281,7 @@ def test_processes_share_the_one_batch(latents, group, world_size):
         assert torch.equal(torch.cat(grids, dim=1).ravel(), whole[step].position)
 
 
-@pytest.mark.parametrize("start_method", ["fork", "spawn"])
+@pytest.mark.parametrize("start_method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_workers_change_nothing(latents, start_method):
     there = take(loader(latents, workers=2, start_method=start_method), 8, 6)
     assert all(map(same, take(loader(latents), 8, 6), there))

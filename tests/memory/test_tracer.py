@@ -168,6 +168,7 @@ def _real_seeds(seeds: list[int]) -> torch.Tensor:
         return torch.tensor(seeds)
 
 
+@pytest.mark.slow
 def test_a_fake_stylegan2_step_is_counted_as_the_real_one(tmp_path, monkeypatch):
     settings = [*TINY, "augment.p=1"]
     real, live = _step_peaks(settings, tmp_path)

@@ -68,6 +68,7 @@ def both_ways(build: Builder, jobs: list[Job]) -> None:
         assert_same(one, other)
 
 
+@pytest.mark.slow
 def test_stylegan2_is_recorded_quickly_and_the_same() -> None:
     jobs = [
         Job(structure=Structure(), what="phase", name=name, samples=8, activations=activations)

@@ -169,6 +169,7 @@ def test_settings_that_the_user_named_stay(name: str, pieces: Pieces, span: tupl
         assert all(keeps(w.candidate.policy) for w in weighed)
 
 
+@pytest.mark.slow
 def test_roundings_come_only_where_allowed(pieces: Pieces, search: Search, span: tuple[int, int]) -> None:
     # With Triton, whose one kernel needs no temporaries: PyTorch's need more than this small network's state.
     allowed = Search(pieces, Structure(triton=True), CARD, CONSTANTS, allow=("adam8bit",))

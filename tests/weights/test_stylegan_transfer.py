@@ -99,7 +99,7 @@ def test_contradictions_name_what_to_change(recipe, tmp_path, tiny) -> None:
         recipe("resolution=32")
     with pytest.raises(LowVRAMError, match=r"freeze_d=100: the discriminator has 7 layers"):
         Trainer(recipe("freeze_d=100"), quiet=True)
-    with pytest.raises(LowVRAMError, match="StyleGAN2 alone"):
+    with pytest.raises(LowVRAMError, match="StyleGAN2 and Stable Diffusion"):
         load_recipe("faces64_vae", [f"weights={tmp_path / 'published.pkl'}"])
     with pytest.raises(LowVRAMError, match="can't be read"):
         tiny(f"weights={tmp_path / 'none.pkl'}")
