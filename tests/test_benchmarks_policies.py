@@ -99,6 +99,7 @@ def test_sets_respect_the_groups_of_the_discriminator():
         policy_sets.pick({"plain": 1}, ["plane"])
 
 
+@pytest.mark.slow
 def test_the_command_writes_json(tmp_path: Path) -> None:
     out = tmp_path / "result.json"
     words = ["recipe=faces32", *TINY, "--only", "plain,lean", "--steps", "1", "--rounds", "1", "--json", str(out)]

@@ -263,7 +263,15 @@ def plain_loss() -> float:
 
 
 # What others among these hold in part.
-SLOW = ("bf16 weights", "bf16 weights, 8 bit, streamed", "paged_adam", "paged_adam8bit", "lion8bit", "adafactor")
+SLOW = (
+    "adam8bit",
+    "bf16 weights",
+    "bf16 weights, 8 bit, streamed",
+    "paged_adam",
+    "paged_adam8bit",
+    "lion8bit",
+    "adafactor",
+)
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,7 @@ def test_from_a_shell(tmp_path: Path) -> None:
         assert picture.size == (1600, 900)
 
 
+@pytest.mark.slow
 def test_settings_that_are_named_stay(plans: Plans, tmp_path: Path) -> None:
     words = ["vram=6GB", "card=3060", "micro_batch.G=4", "memory.activations.D=recompute", "memory.ema=host"]
     status, _, _ = plans(*RECIPE, *words, "out=here")

@@ -89,6 +89,7 @@ def test_wandb_offline(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_metrics_are_plain_json(tmp_path: Path) -> None:
     done = run("lowvram.train", "recipe=faces32", *SHORT, "out=r", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -235,9 +235,6 @@ class StableDiffusionTask(LatentTask):
     def items(self) -> ImageSet:
         return self.instances.items
 
-    def dataset(self) -> ImageSet:
-        return self.instances.images
-
     def example(self, n: int) -> Tensor:
         size, channels = self.settings.latent_size, 2 * self.settings.latent.channels
         channels += self.settings.data.masks is not None

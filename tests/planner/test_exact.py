@@ -334,7 +334,7 @@ MEAN_BYTES = {"UNet, recomputed": 4 * 8 * 3 * 16 * 16}
 WORKSPACE = 0.15  # of a peak of a few MB: oneDNN's reordered weights; on a card it is cuDNN's, which is planned apart
 
 
-LONG = ("StyleGAN2, augmented", "StyleGAN2, recomputed", "UNet, recomputed")
+LONG = ("StyleGAN2", "StyleGAN2, augmented", "StyleGAN2, recomputed", "UNet, recomputed")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in LONG else n for n in REAL])
