@@ -17,6 +17,7 @@ CPU = torch.device("cpu")
 PHASES = ["G", "path_length", "D", "R1", "average"]
 
 
+@pytest.mark.slow
 def test_train_step_times_every_phase_under_the_plan(tmp_path: Path) -> None:
     file = tmp_path / "deep" / "result.json"
     words = ["recipe=faces32", *TINY, "vram=1GB", "--steps", "2", "--warmup", "0", "--json", str(file)]

@@ -216,6 +216,7 @@ def test_other_errors_of_a_try_are_raised(tiny: Make, plan: Plan, monkeypatch: p
 # A process of its own.
 
 
+@pytest.mark.slow
 def test_a_plan_made_apart_is_the_same(tiny: Make, plan: Plan) -> None:
     found = worker.plan_apart(tiny("batch=16"), CARD, 2**30)
     assert found.policy == plan.policy
