@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from example_plans import GIB, a_phase, a_plan
 from PIL import Image
-from plans import GIB, a_phase, a_plan
 
 from lowvram.planner import picture
 from lowvram.planner.log import CATEGORIES

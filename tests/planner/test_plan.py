@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from plans import GIB, MIB, a_phase, a_plan
+from example_plans import GIB, MIB, a_phase, a_plan
 
 from lowvram.config import load_recipe
 from lowvram.errors import LowVRAMError

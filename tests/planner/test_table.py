@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from plans import GIB, a_phase, a_plan
+from example_plans import GIB, a_phase, a_plan
 
 from lowvram.planner import table
 from lowvram.planner.log import CATEGORIES
