@@ -302,11 +302,11 @@ def _options_help(options_type: type, name: str) -> str:
 
 def train_help() -> str:
     """The text of `python -m lowvram.train --help`, from the comments in conf/."""
-    recipes = []
+    recipes, width = [], max(len(name) for name in recipe_names())
     for name in recipe_names():
         lines = (_CONF / "recipe" / f"{name}.yaml").read_text().splitlines()
         about = next(line.lstrip("# ") for line in lines if line.startswith("#") and "@package" not in line)
-        recipes.append(f"  {name:<12} {about}")
+        recipes.append(f"  {name:<{width}} {about}")
     return f"""python -m lowvram.train recipe=NAME [setting=value ...]
 
 Train an image generator on the card you own.

@@ -245,7 +245,7 @@ def test_tokenizers_that_know_more_may_take_the_place_of_the_pipelines(make):
 
 def test_prompts_that_were_remembered_need_no_encoder(make):
     condition = make("sdxl")
-    condition.remember(["a red cat"])
+    condition.wanted(["", "a red cat"], None)
     loads = len(condition.pipeline.loads)
     condition.wanted(["a red cat", "a red cat"], None)
     condition.null(None)

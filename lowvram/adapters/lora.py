@@ -9,8 +9,7 @@ are then named `to_q.base_layer.weight` where they were `to_q.weight` (see `plai
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import groupby
@@ -102,15 +101,6 @@ class Adapters(Branch):
             rank = self.ranks[path]
             layer.scaling[self.name] = value * rank.alpha / rank.rank
         self._activate(value != 0)
-
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
-        """The network is without these adapters within."""
-        self._activate(False)
-        try:
-            yield
-        finally:
-            self._activate(self._scale != 0 and self._originals is None)
 
     def twin(self) -> Twin:
         """A second set of these weights, for their average: `with twin.active():` the network has that."""

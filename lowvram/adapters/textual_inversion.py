@@ -135,16 +135,6 @@ class Embeddings(nn.Module):
         for row, vector in zip(rows, vectors, strict=True):
             row.copy_(vector)
 
-    @torch.no_grad()
-    def keep_norms(self, encoders: Sequence[nn.Module]) -> None:
-        """Scale each vector to the mean length of the table's rows: trained ones grow, and drown their neighbours."""
-        for index, encoder in enumerate(encoders):
-            weight = _table(encoder).weight.float()
-            mean = weight.norm(dim=1).mean()
-            for rows in self.rows:
-                row = list(rows.parameters())[index]
-                row.mul_(mean / row.norm(dim=1, keepdim=True))
-
     def twin(self) -> Twin:
         """A second set of these vectors, for their average: `with twin.active():` the encoders have that."""
         return Twin(self)

@@ -24,7 +24,7 @@ from lowvram.errors import LowVRAMError
 if TYPE_CHECKING:
     from PIL.Image import Image as PILImage
 
-__all__ = ["ALPHA", "Masks", "WholeImages", "open_masks", "to_latent_pixels"]
+__all__ = ["ALPHA", "Masks", "open_masks", "to_latent_pixels"]
 
 log = logging.getLogger(__name__)
 
@@ -44,16 +44,6 @@ class Masks(ABC):
     def load(self, index: int, size: tuple[int, int]) -> NDArray[np.uint8]:
         """The mask of image `index`, cut and resized as the image is to `size` (width, height): uint8 [height, width],
         255 where the image counts whole. Raises LowVRAMError, naming the file, for a mask that cannot be used."""
-
-
-class WholeImages(Masks):
-    """All of each image counts: for images without masks that are trained on together with some that have them."""
-
-    def identity(self) -> str:
-        return "whole"
-
-    def load(self, index: int, size: tuple[int, int]) -> NDArray[np.uint8]:
-        return _whole(size)
 
 
 class _FileMasks(Masks):

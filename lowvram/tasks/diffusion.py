@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
-from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,26 +10,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lowvram import seeded, standin
+from lowvram import standin
 from lowvram.data.bucketed import BucketedSet
 from lowvram.data.captions import read_captions
 from lowvram.data.latents import LatentSet
-from lowvram.ema import ExponentialMovingAverage
 from lowvram.errors import LowVRAMError
-from lowvram.models.autoencoder import sample_latents
 from lowvram.models.dit import DiT
 from lowvram.models.unet import UNet
 from lowvram.noise import Betas, Predict, Schedule
 from lowvram.objectives.diffusion import diffusion_loss
-from lowvram.phase import MicroBatch, Phase
+from lowvram.phase import MicroBatch
 from lowvram.settings import AutoencoderSettings, DiffusionSettings
 from lowvram.tasks import Place, codec, conditions, load_json, open_images
 from lowvram.tasks.codec import Codec
-from lowvram.tasks.latent import LATENT_OPTIONS, LatentTask
-from lowvram.tasks.step_size import StepSizes
+from lowvram.tasks.latent import CAPTIONS, LATENT_OPTIONS, LatentTask
 
-_CAPTIONS = "captions.txt"  # in the run's folder: some of the data set's, for samples without a prompt
-_KEPT_CAPTIONS = 1000
 _CLASSES = "classes.json"  # in the run's folder: their names, so that it can be sampled from without the data
 
 
@@ -56,7 +50,6 @@ class DiffusionTask(LatentTask):
             self.schedule = Schedule.discrete(cast(Betas, loss.schedule), zero_terminal_snr=loss.zero_terminal_snr)
         self.predict = cast(Predict, loss.predict)
         self.schedule.check(loss.predict)
-        self.scale, self.shift = 1.0, 0.0
         self._said: set[str] = set()  # words that no caption has
         told = {"none": (), "class": ("classes", "guidance"), "text": ("prompts", "negative", "guidance")}
         self.sample_options = (*LATENT_OPTIONS, *told[settings.condition])
@@ -90,7 +83,6 @@ class DiffusionTask(LatentTask):
             say(images.summary())
 
     def prepare_training(self) -> None:
-        settings = self.settings
         self.denoiser = self._denoiser(getattr(self.condition, "count", 0)).requires_grad_(False)
         self.denoiser_ema.load_state_dict(self.denoiser.state_dict())
         self.text = self._text()
@@ -105,33 +97,7 @@ class DiffusionTask(LatentTask):
         if self.text is not None and self.text_ema is not None:
             self.text_ema.load_state_dict(self.text.state_dict())
             pairs.append((self.text, self.text_ema))
-        adam = settings.optimizer
-        optimizer = torch.optim.AdamW(
-            [p for network in trained for p in network.parameters()],
-            lr=adam.lr,
-            betas=(adam.beta1, adam.beta2),
-            eps=adam.eps,
-            weight_decay=adam.weight_decay,
-            fused=True,
-        )
-        self.optimizers = {"denoiser": optimizer}
-        self.step_sizes = StepSizes([optimizer], adam, kimg=settings.kimg, batch=settings.batch)
-        self.phases = [
-            Phase(
-                name="denoiser",
-                networks=trained,
-                optimizer=optimizer,
-                loss=self._loss,
-                samples=settings.batch,
-                micro_batch=settings.micro_batch.denoiser,
-                clip_norm=adam.clip_norm,
-            )
-        ]
-        ema = settings.ema
-        self.averages = [
-            ExponentialMovingAverage(source, target, half_life_kimg=ema.half_life_kimg, rampup=ema.rampup)
-            for source, target in pairs
-        ]
+        self.train_with_adam(trained, pairs)
 
     def _take_in_data(self) -> None:
         self.scale, self.shift = self.codec.autoencoder.scaling_factor, self.codec.autoencoder.shift_factor
@@ -152,11 +118,9 @@ class DiffusionTask(LatentTask):
         if too_long:
             self.say(f"{too_long:,} captions are longer than text.length={self.settings.text.length} and are cut")
 
-    def _loss(self, micro: MicroBatch) -> Tensor:
+    def loss(self, micro: MicroBatch) -> Tensor:
         """The squared error of what the network predicts, on latents drawn from the autoencoder's distribution."""
-        channels = self.settings.latent.channels
-        noise = seeded.randn(micro.seeds, channels, *micro.images.shape[2:], stream="latent", device=self.device)
-        x0 = (sample_latents(micro.images.to(self.device), noise) - self.shift) * self.scale
+        x0 = self.drawn(micro.images.to(self.device), micro.seeds)
         told = self.condition.training(micro.labels, micro.seeds, self.text)
         loss = self.settings.loss
         losses = diffusion_loss(
@@ -169,16 +133,6 @@ class DiffusionTask(LatentTask):
             offset_noise=loss.offset_noise,
         )
         return losses.mean()
-
-    def end_step(self, step: int) -> None:
-        self._step = step
-        self.step_sizes.set(step)
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {"step": torch.tensor(getattr(self, "_step", 0))}
-
-    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        self.end_step(int(tensors["step"]))
 
     # Data.
 
@@ -232,7 +186,7 @@ class DiffusionTask(LatentTask):
         if self.settings.condition == "class":
             (folder / _CLASSES).write_text(json.dumps({"names": self.dataset().class_names}) + "\n", encoding="utf-8")
         if self.settings.condition == "text":
-            (folder / _CAPTIONS).write_text("\n".join(self.usual_prompts()) + "\n", encoding="utf-8")
+            (folder / CAPTIONS).write_text("\n".join(self.usual_prompts()) + "\n", encoding="utf-8")
 
     # Sampling.
 
@@ -254,13 +208,7 @@ class DiffusionTask(LatentTask):
         self._said.update(new)
 
     def usual_prompts(self) -> list[str]:
-        """Captions of the data set, which a run keeps some of."""
-        if hasattr(self, "captions"):
-            return list(islice((text for text in self.captions if text), _KEPT_CAPTIONS)) or [""]
-        path = None if self.folder is None else self.folder / _CAPTIONS
-        if path is None or not path.is_file():
-            return [""]
-        return path.read_text(encoding="utf-8").splitlines() or [""]
+        return self.kept_captions(getattr(self, "captions", None))
 
     # Construction.
 

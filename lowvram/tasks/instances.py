@@ -68,6 +68,7 @@ def open_all(
         say(latents.images.summary())
     repeats = repeats_of_folders(latents)
     if any(count != 1 for count in repeats):
+        say(f"an epoch shows images up to {max(repeats):,} times, as their folders' names say (10_dog: 10 times)")
         found.items = RepeatedSet(found.items, repeats)
     if settings.prior.prompt is None:
         return found

@@ -1,28 +1,35 @@
 """What tasks share that train a denoiser of an autoencoder's latents: the schedule, and sampling of all kinds."""
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lowvram.ema import on_device
+from lowvram import seeded
+from lowvram.ema import ExponentialMovingAverage, on_device
 from lowvram.errors import LowVRAMError
+from lowvram.models.autoencoder import sample_latents
 from lowvram.noise import Predict, Schedule
+from lowvram.phase import MicroBatch, Phase
 from lowvram.sampling.diffusion import LatentSampler
 from lowvram.sampling.gan import sample_seeds
 from lowvram.sampling.grids import make_grid
 from lowvram.tasks import Task
 from lowvram.tasks.codec import Codec
 from lowvram.tasks.conditions import Classes, Condition
+from lowvram.tasks.step_size import StepSizes
 
 _GPU_SLICE = 8
 
 
+CAPTIONS = "captions.txt"  # in the run's folder
+_KEPT_CAPTIONS = 1000
 LATENT_OPTIONS = ("sampler", "steps", "spacing", "eta", "size", "init", "strength", "mask")  # of sampling
 
 
@@ -34,10 +41,80 @@ class LatentTask(Task):
         schedule, predict: the noise levels, and what the network predicts.
     """
 
-    settings: Any  # with the groups latent, sampling and micro_batch.denoiser, and condition, latent_size, grain
+    settings: Any  # with the groups latent, sampling, optimizer, ema and micro_batch.denoiser, and condition and sizes
     condition: Condition
     schedule: Schedule
     predict: Predict
+    scale, shift = 1.0, 0.0  # of latents, known with the data
+
+    # Training.
+
+    @abstractmethod
+    def loss(self, micro: MicroBatch) -> Tensor:
+        """The mean loss of a micro-batch of moments."""
+
+    def train_with_adam(
+        self,
+        trained: tuple[nn.Module, ...],
+        averages: Iterable[tuple[nn.Module, nn.Module]],
+        frozen: tuple[nn.Module, ...] = (),
+    ) -> None:
+        """One phase, `denoiser`, of AdamW. averages: pairs of a trained network and what holds its average."""
+        settings, adam = self.settings, self.settings.optimizer
+        optimizer = torch.optim.AdamW(
+            [p for network in trained for p in network.parameters()],
+            lr=adam.lr,
+            betas=(adam.beta1, adam.beta2),
+            eps=adam.eps,
+            weight_decay=adam.weight_decay,
+            fused=True,
+        )
+        self.optimizers = {"denoiser": optimizer}
+        self.step_sizes = StepSizes([optimizer], adam, kimg=settings.kimg, batch=settings.batch)
+        self.phases = [
+            Phase(
+                name="denoiser",
+                networks=trained,
+                frozen=frozen,
+                optimizer=optimizer,
+                loss=self.loss,
+                samples=settings.batch,
+                micro_batch=settings.micro_batch.denoiser,
+                clip_norm=adam.clip_norm,
+            )
+        ]
+        ema = settings.ema
+        self.averages = [
+            ExponentialMovingAverage(source, target, half_life_kimg=ema.half_life_kimg, rampup=ema.rampup)
+            for source, target in averages
+        ]
+
+    def drawn(self, moments: Tensor, seeds: Tensor) -> Tensor:
+        """Latents from the autoencoder's distribution: moments [b, 2 C, h, w] on the device -> [b, C, h, w]."""
+        channels = self.settings.latent.channels
+        noise = seeded.randn(seeds, channels, *moments.shape[2:], stream="latent", device=self.device)
+        return (sample_latents(moments, noise) - self.shift) * self.scale
+
+    def end_step(self, step: int) -> None:
+        self._step = step
+        self.step_sizes.set(step)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"step": torch.tensor(getattr(self, "_step", 0))}
+
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        self.end_step(int(tensors["step"]))
+
+    def kept_captions(self, captions: Iterable[str] | None) -> list[str]:
+        """Some captions for samples without a prompt: of the data set, or those that the run's folder keeps."""
+        if captions is not None:
+            return list(islice((text for text in captions if text), _KEPT_CAPTIONS)) or [""]
+        path = None if self.folder is None else self.folder / CAPTIONS
+        if path is None or not path.is_file():
+            return [""]
+        return path.read_text(encoding="utf-8").splitlines() or [""]
+
+    # Sampling.
 
     @property
     @abstractmethod
@@ -62,8 +139,6 @@ class LatentTask(Task):
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
         """Say what is to be said of the prompts of a user."""
-
-    # Sampling.
 
     def sample(
         self,

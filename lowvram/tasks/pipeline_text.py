@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -34,13 +34,6 @@ _FORMAT = 1  # raise it when the same encoders and captions give other files
 _AT_ONCE = 16  # captions in an encoder
 _NUMBERED = 4096  # captions in a tokenizer, which makes lists of them
 _REMEMBERED = 256  # prompts: 80 MiB of SDXL's
-
-
-class Captioned(Protocol):
-    """A data set's captions, and the sizes that `data.size_ids` gives of its images; None: not known."""
-
-    captions: Sequence[str]
-    size_ids: Any
 
 
 class PipelineText(Condition):
@@ -155,12 +148,6 @@ class PipelineText(Condition):
         """int32 [T, length]."""
         parts = [texts[begin : begin + _NUMBERED] for begin in range(0, len(texts), _NUMBERED)]
         return torch.cat([number_tokens(tokenizer, part, self.length)[0].int() for part in parts])
-
-    def take(self, images: "Captioned", say: Callable[[str], None]) -> None:
-        """`read` and `take_sizes` of a data set's captions and sizes."""
-        self.read(images.captions, say)
-        if self.large and images.size_ids is not None:
-            self.take_sizes(images.size_ids)
 
     def take_sizes(self, sizes: NDArray[np.int64], *, labelled: bool = False) -> None:
         """Size and crop of each image, int64 [N, variants, 6] (see `data.size_ids`); of use to SDXL alone.
@@ -288,14 +275,6 @@ class PipelineText(Condition):
         if not self.large:
             return {"context": context}
         return {"context": context, "pooled": pooled, "size_ids": sizes.to(context.device)}
-
-    def remember(self, prompts: Sequence[str]) -> None:
-        """Read prompts now, so that sampling with them later needs no encoder: "" and no caption are among them.
-
-        Raises:
-            LowVRAMError: one is too long.
-        """
-        self._look_up(["", *prompts], None, cut=False)
 
     def wanted(
         self, wishes: Sequence[int] | Sequence[str], network: nn.Module | None, *, cut: bool = False

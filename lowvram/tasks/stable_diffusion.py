@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cached_property, partial
-from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,22 +13,16 @@ from torch import Tensor, nn
 from lowvram import seeded, standin
 from lowvram.data import ImageSet
 from lowvram.data.caption_variants import variants_of
-from lowvram.ema import ExponentialMovingAverage
 from lowvram.errors import LowVRAMError
-from lowvram.models.autoencoder import sample_latents
 from lowvram.noise import Predict
 from lowvram.objectives.diffusion import diffusion_loss, pixel_weights
-from lowvram.phase import MicroBatch, Phase
+from lowvram.phase import MicroBatch
 from lowvram.settings import Settings, StableDiffusionSettings
 from lowvram.tasks import Place, codec, fine_tuned, instances, published
 from lowvram.tasks.codec import Codec
 from lowvram.tasks.fine_tuned import FineTuned
-from lowvram.tasks.latent import LATENT_OPTIONS, LatentTask, Wishes
+from lowvram.tasks.latent import CAPTIONS, LATENT_OPTIONS, LatentTask, Wishes
 from lowvram.tasks.pipeline_text import PipelineText
-from lowvram.tasks.step_size import StepSizes
-
-_CAPTIONS = "captions.txt"  # in the run's folder: some of the data set's, for samples without a prompt
-_KEPT_CAPTIONS = 1000
 
 
 class StableDiffusionTask(LatentTask):
@@ -66,7 +59,6 @@ class StableDiffusionTask(LatentTask):
             text = published.text(self.pipeline, settings, device)
             tuned = fine_tuned.make(settings, self.pipeline, text, device, untrained=untrained)
         self.tuned, self.condition = tuned, tuned.condition
-        self.scale, self.shift = 1.0, 0.0  # of latents, known with the data
         self.networks = dict(self.tuned.trained)
         if settings.ema.enabled:
             self.tuned.average()
@@ -100,42 +92,11 @@ class StableDiffusionTask(LatentTask):
         instances.open_all(settings, own or codec.of_pipeline(published.source(settings)), device, folder, say)
 
     def prepare_training(self) -> None:
-        settings, adam = self.settings, self.settings.optimizer
-        trained = tuple(self.tuned.trained.values())
-        for network in trained:
+        trained = self.tuned.trained
+        for network in trained.values():
             network.requires_grad_(False)
-        optimizer = torch.optim.AdamW(
-            [p for network in trained for p in network.parameters()],
-            lr=adam.lr,
-            betas=(adam.beta1, adam.beta2),
-            eps=adam.eps,
-            weight_decay=adam.weight_decay,
-            fused=True,
-        )
-        self.optimizers = {"denoiser": optimizer}
-        self.step_sizes = StepSizes([optimizer], adam, kimg=settings.kimg, batch=settings.batch)
-        self.phases = [
-            Phase(
-                name="denoiser",
-                networks=trained,
-                frozen=self.tuned.frozen,
-                optimizer=optimizer,
-                loss=self._loss,
-                samples=settings.batch,
-                micro_batch=settings.micro_batch.denoiser,
-                clip_norm=adam.clip_norm,
-            )
-        ]
-        ema = settings.ema
-        self.averages = [
-            ExponentialMovingAverage(
-                self.tuned.trained[name.removesuffix("_ema")],
-                target,
-                half_life_kimg=ema.half_life_kimg,
-                rampup=ema.rampup,
-            )
-            for name, target in self.tuned.averaged.items()
-        ]
+        averages = [(trained[name.removesuffix("_ema")], target) for name, target in self.tuned.averaged.items()]
+        self.train_with_adam(tuple(trained.values()), averages, self.tuned.frozen)
         if self.folder is not None and not standin.active():
             self._take_in_data()
 
@@ -165,7 +126,7 @@ class StableDiffusionTask(LatentTask):
         if with_it < len(captions):
             self.say(f"{len(captions) - with_it:,} of {len(captions):,} captions lack {token}")
 
-    def _loss(self, micro: MicroBatch) -> Tensor:
+    def loss(self, micro: MicroBatch) -> Tensor:
         if standin.active() or not (self.settings.train == "lora" and self.settings.lora.dropout):
             return self._error(micro)
         # Dropout draws from torch's own generator: by the samples' seeds, or a resumed run would go on otherwise.
@@ -177,8 +138,7 @@ class StableDiffusionTask(LatentTask):
         """The squared error of what the UNet predicts, on latents drawn from the autoencoder's distribution."""
         settings, channels = self.settings, self.settings.latent.channels
         moments = micro.images.to(self.device)  # [b, 2 C or, with a mask, 2 C + 1, h, w]
-        noise = seeded.randn(micro.seeds, channels, *moments.shape[2:], stream="latent", device=self.device)
-        x0 = (sample_latents(moments[:, : 2 * channels], noise) - self.shift) * self.scale
+        x0 = self.drawn(moments[:, : 2 * channels], micro.seeds)
         told = self.condition.training(micro.labels, micro.seeds, self.tuned.text)
         mask = moments[:, 2 * channels :]
         losses = diffusion_loss(
@@ -199,16 +159,6 @@ class StableDiffusionTask(LatentTask):
             return None
         of_class = labels >= self.instances.own
         return torch.where(of_class, self.settings.prior.weight, 1.0)
-
-    def end_step(self, step: int) -> None:
-        self._step = step
-        self.step_sizes.set(step)
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {"step": torch.tensor(getattr(self, "_step", 0))}
-
-    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        self.end_step(int(tensors["step"]))
 
     # Data.
 
@@ -244,7 +194,7 @@ class StableDiffusionTask(LatentTask):
     def write_beside(self, folder: Path) -> None:
         if self.settings.latent.path is not None:  # else that of the weights, which sampling needs anyway
             codec.write_beside(self.codec, folder)
-        (folder / _CAPTIONS).write_text("\n".join(self.usual_prompts()) + "\n", encoding="utf-8")
+        (folder / CAPTIONS).write_text("\n".join(self.usual_prompts()) + "\n", encoding="utf-8")
 
     # Sampling.
 
@@ -282,14 +232,10 @@ class StableDiffusionTask(LatentTask):
         """The recipe's prompts, or else captions of the data set, which a run keeps some of."""
         if self.settings.sampling.prompts:
             return list(self.settings.sampling.prompts)
-        path = None if self.folder is None else self.folder / _CAPTIONS
-        if path is not None and path.is_file():
-            return path.read_text(encoding="utf-8").splitlines() or [""]
         if standin.active() or "instances" not in self.__dict__:
-            return [""]
+            return self.kept_captions(None)
         plain = replace(self.condition.options, shuffle=False, tag_dropout=0.0, variants=1)  # with prefix and suffix
-        texts = (variants_of(text, plain)[0] for text in self.instances.captions if text)
-        return list(islice(texts, _KEPT_CAPTIONS)) or [""]
+        return self.kept_captions(variants_of(text, plain)[0] for text in self.instances.captions if text)
 
 
 TASK = StableDiffusionTask

@@ -3,6 +3,7 @@
 Whichever way the files lie, parts, configurations and tensors have the folder's names. Tensors are read one at a time.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from functools import cached_property
@@ -53,7 +54,7 @@ def open_pipeline(path: str | Path, *, prediction_type: str | None = None) -> "P
     return _SingleFile(path, prediction_type)
 
 
-class Pipeline:
+class Pipeline(ABC):
     """A published pipeline. Made by `open_pipeline`.
 
     path: as given. family: "sd1", "sd2" or "sdxl". layout: "folder" or "single_file". parts: those of PARTS it has.
@@ -84,9 +85,9 @@ class Pipeline:
             )
         return config | ({"prediction_type": self._prediction_type} if self._prediction_type else {})
 
+    @abstractmethod
     def index(self) -> dict[str, Any]:
         """The content of model_index.json: class names of the pipeline and its components, and its own settings."""
-        raise NotImplementedError
 
     def names(self, part: str) -> tuple[str, ...]:
         """Names of a part's tensors. Those of text encoders begin with text_model., but for a projection."""
@@ -140,22 +141,22 @@ class Pipeline:
             self._pieces[part] = self._find_pieces(part)
         return self._pieces[part]
 
+    @abstractmethod
     def file(self, part: str) -> TensorFile:
         """The file that a part's tensors are in."""
-        raise NotImplementedError
 
+    @abstractmethod
     def close(self) -> None:
         """Let go of the files."""
-        raise NotImplementedError
 
-    def _config(self, part: str) -> dict[str, Any]:
-        raise NotImplementedError
+    @abstractmethod
+    def _config(self, part: str) -> dict[str, Any]: ...
 
-    def _scheduler(self) -> dict[str, Any]:
-        raise NotImplementedError
+    @abstractmethod
+    def _scheduler(self) -> dict[str, Any]: ...
 
-    def _find_pieces(self, part: str) -> dict[str, Piece]:
-        raise NotImplementedError
+    @abstractmethod
+    def _find_pieces(self, part: str) -> dict[str, Piece]: ...
 
     def _finite(self, part: str, name: str) -> Tensor:
         piece, file = self.pieces(part)[name], self.file(part)

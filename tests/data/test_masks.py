@@ -15,7 +15,7 @@ from torch import nn
 from lowvram.data import Loader, open_dataset
 from lowvram.data.bucketed import BucketedSet
 from lowvram.data.latents import LatentSet, Variants, build
-from lowvram.data.masks import WholeImages, open_masks, to_latent_pixels
+from lowvram.data.masks import open_masks, to_latent_pixels
 from lowvram.errors import LowVRAMError
 
 SIZES = [(40, 24), (32, 32), (24, 48), (33, 57), (64, 31), (30, 30)]
@@ -137,12 +137,6 @@ def test_pixels_are_averaged() -> None:
     latent = to_latent_pixels(masks, (2, 3))
     assert latent.dtype == np.float32 and latent.shape == (2, 1, 2, 3)
     assert latent[0, 0].tolist() == [[0, 0.5, 0], [0, 0, 0]] and (latent[1] == 1).all()
-
-
-def test_all_of_an_image_counts_where_that_is_asked_for(pictures: Path, tmp_path: Path) -> None:
-    images = open_dataset(pictures, resolution=32)
-    found = built(images, WholeImages(), tmp_path)
-    assert found.masked and all((found.mask(index) == 1).all() for index in range(len(images)))
 
 
 # ---- which mask belongs to which image
