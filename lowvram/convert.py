@@ -12,6 +12,9 @@ from lowvram.errors import LowVRAMError
 FORMATS = ("diffusers", "single_file", "lora", "embedding", "stylegan")
 DTYPES = ("fp32", "fp16", "bf16")
 _NETWORKS = ("G_ema", "G", "D")
+_PIPELINES = ("diffusers", "single_file")
+_OF_TRAINED = {"full": _PIPELINES, "lora": ("lora", *_PIPELINES), "textual_inversion": ("embedding",)}
+_OF_WEIGHTS = {"stylegan": ("stylegan",), "pipeline": _PIPELINES, "lora": ("lora",), "embedding": ("embedding",)}
 
 
 def _help(text: str) -> dict[str, str]:
@@ -34,7 +37,12 @@ class ConvertOptions:
     base: str | None = field(
         default=None, metadata=_help("the weights that a run or a LoRA stands on (those it was trained with)")
     )
-    to: str = field(metadata=_help("diffusers, single_file, lora, embedding or stylegan"))
+    scale: str | None = field(
+        default=None, metadata=_help("with weights: how much a LoRA counts (1); for several 0.8|0.5, in their order")
+    )
+    to: str | None = field(
+        default=None, metadata=_help("must be given: diffusers, single_file, lora, embedding or stylegan")
+    )
     out: str = field(metadata=_help("the folder or .safetensors file to write"))
     layout: str = field(
         default="diffusers", metadata=_help("of lora and embedding: diffusers, or kohya for web interfaces")
@@ -46,6 +54,10 @@ class ConvertOptions:
     checkpoint: str = field(default="latest", metadata=_help("a step's number, or latest"))
 
     def __post_init__(self) -> None:
+        if (self.run is None) == (self.weights is None):
+            raise LowVRAMError("convert needs a run or weights, one of them.", "Write run=outputs/faces32.")
+        if self.to is None:
+            raise LowVRAMError(f"to is missing: one of {', '.join(FORMATS)}.", _fitting(self))
         for name, value, known in (
             ("to", self.to, FORMATS),
             ("dtype", self.dtype, (None, *DTYPES)),
@@ -54,13 +66,42 @@ class ConvertOptions:
         ):
             if value not in known:
                 raise LowVRAMError(f"{name}={value} is not known.", f"Use one of {', '.join(filter(None, known))}.")
-        if (self.run is None) == (self.weights is None):
-            raise LowVRAMError("convert needs a run or weights, one of them.", "Write run=outputs/faces32.")
+        if self.scale is not None and (self.weights is None or self.to not in _PIPELINES):
+            raise LowVRAMError(
+                f"scale={self.scale} is for LoRAs that are merged into weights, not for "
+                + (f"to={self.to}." if self.weights is not None else "a run."),
+                "Leave scale out, or write weights=LORA base=PIPELINE to=diffusers.",
+            )
         out = Path(self.out)
         if self.to != "diffusers" and out.suffix != ".safetensors":
             raise LowVRAMError(f"out={self.out} does not end in .safetensors.", f"Use {out.stem}.safetensors.")
         if out.expanduser().exists():
             raise LowVRAMError(f"out={self.out} is there already.", "Remove it, or choose another.")
+
+
+def _fitting(options: ConvertOptions) -> str:
+    """What fits the run or the weights, as a remedy. Raises LowVRAMError where nothing does, or they can't be read."""
+    from lowvram.run import Run
+    from lowvram.settings import StableDiffusionSettings, StyleGAN2Settings
+
+    if options.run is not None:
+        settings, name = Run.open(options.run).settings, f"run={options.run}"
+        fits: tuple[str, ...] = ("stylegan",) if isinstance(settings, StyleGAN2Settings) else ()
+        if isinstance(settings, StableDiffusionSettings):
+            fits = _OF_TRAINED[settings.train]
+        if not fits:
+            raise LowVRAMError(
+                f"{name} is of task={settings.task}, which is converted to nothing: its folder is what there is.",
+                "Convert a run of StyleGAN2 or of Stable Diffusion.",
+            )
+    else:
+        from lowvram.tasks.adapted import kind_of
+
+        name, paths = f"weights={options.weights}", [Path(part.strip()) for part in (options.weights or "").split("|")]
+        kinds = [kind_of(path.expanduser()) for path in paths]
+        merged = options.base is not None or len(kinds) > 1
+        fits = _PIPELINES if merged else _OF_WEIGHTS[kinds[0]]
+    return f"{name} fits " + " or ".join(f"to={one}" for one in fits) + "."
 
 
 def main(options: ConvertOptions) -> None:
@@ -97,16 +138,17 @@ def _stable_diffusion(options: ConvertOptions, out: Path) -> str:
     from lowvram.weights.pipeline import open_pipeline
 
     dtype = None if options.dtype is None else export.DTYPES[options.dtype]
-    layout = cast(Any, options.layout)
+    layout, to = cast(Any, options.layout), str(options.to)
     if options.weights is not None:
         path, alone = Path(options.weights).expanduser(), options.base is None and "|" not in options.weights
         kind = adapted.kind_of(path) if alone else None
-        if kind == "pipeline" and options.to in ("diffusers", "single_file"):  # no network is made
+        if kind == "pipeline" and options.to in _PIPELINES and options.scale is None:  # no network is made
             pipeline = open_pipeline(path, prediction_type=published.prediction_type(options.predict))
-            return export.write_pipeline(pipeline, out, options.to, {}, dtype)
+            return export.write_pipeline(pipeline, out, to, {}, dtype)
         if kind in ("lora", "embedding") and kind == options.to:  # in another layout
             return export.rewrite(path, out, to=kind, dtype=dtype, layout=layout)
-        task = load_weights(options.weights, device="cpu", base=options.base, predict=options.predict, prepared=False)
+        named: dict[str, Any] = {"base": options.base, "scale": options.scale, "predict": options.predict}
+        task = load_weights(options.weights, device="cpu", prepared=False, **named)
     else:
         task = load_run(
             options.run or "", checkpoint=options.checkpoint, device="cpu", base=options.base, prepared=False
@@ -117,7 +159,7 @@ def _stable_diffusion(options: ConvertOptions, out: Path) -> str:
             "Diffusion.",
             "StyleGAN2 has to=stylegan.",
         )
-    return export.write(task, out, to=options.to, dtype=dtype, layout=layout)
+    return export.write(task, out, to=to, dtype=dtype, layout=layout)
 
 
 if __name__ == "__main__":

@@ -354,6 +354,14 @@ def test_weights_that_are_refused(
         ("sd15_textual_inversion", ["embedding.token=cat"], ("'cat'", "already", "<cat-1>")),
         ("sd15_textual_inversion", ["embedding.initial=zebra"], ("'zebra'", "5 tokens for 1 vectors")),
         ("sd15_textual_inversion", ["embedding.vectors=0"], ("embedding.vectors=0",)),
+        ("sd15_textual_inversion", ["embedding.templates=objct"], ("embedding.templates=objct", "object, style")),
+        (
+            "sd15_textual_inversion",
+            ["embedding.templates=style", "text.prompt=a <mine>"],
+            ("text.prompt='a <mine>' and embedding.templates=style",),
+        ),
+        ("sd15_lora", ["text.lr=0.1"], ("text.lr=0.1 with text.train=false",)),
+        ("sd15_lora", ["text.lr=0", "text.train=true"], ("text.lr=0.0 must be above 0",)),
     ],
 )
 def test_recipes_that_are_refused(
@@ -405,6 +413,9 @@ def test_files_that_do_not_go_together(home: Home, tmp_path: Path) -> None:
         ({"run": "lora", "to": "lora", "out": "never"}, ("does not end in .safetensors",)),
         ({"run": "lora", "to": "bundle"}, ("to=bundle",)),
         ({"to": "lora"}, ("run or weights",)),
+        ({"run": "word"}, ("to is missing: one of diffusers, single_file", "fits to=embedding.")),
+        ({"run": "lora"}, ("to is missing", "fits to=lora or to=diffusers or to=single_file.")),
+        ({"weights": "sd1"}, ("to is missing", "fits to=diffusers or to=single_file.")),
         ({"weights": "sd1", "to": "lora"}, ("sd1 were trained by no run",)),
     ],
 )
@@ -412,7 +423,7 @@ def test_conversions_that_are_refused(
     options: dict[str, str], says: tuple[str, ...], home: Home, tmp_path: Path
 ) -> None:
     (tmp_path / "there.safetensors").write_bytes(b"mine")
-    options = {"out": "never" if options["to"] == "diffusers" else "never.safetensors", **options}
+    options = {"out": "never" if options.get("to") == "diffusers" else "never.safetensors", **options}
     options["out"] = str(tmp_path / options["out"])
     if "run" in options:
         options["run"] = str(home.run(options["run"]))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lowvram import standin
-from lowvram.data.caption_variants import CaptionOptions, variants_of
+from lowvram.data.caption_variants import TEMPLATED, CaptionOptions, variants_of
 from lowvram.errors import LowVRAMError
 from lowvram.memory.apply import apply
 from lowvram.memory.policy import MemoryPolicy, OptimizerPolicy, PhasePolicy
@@ -212,6 +212,31 @@ def test_training_draws_among_the_variants_of_a_caption(live, make):
     expected = condition.wanted(texts, network)["context"]
     nearest = (told[:, None] - expected).abs().amax(dim=(2, 3)).min(dim=1)
     assert float(nearest.values.max()) < 1e-5 and {texts[i] for i in nearest.indices.tolist()} == set(texts)
+
+
+def test_images_without_caption_draw_among_templates(make):
+    """By the seed of the sample alone; with prefix and suffix, and beside captions with variants of their own."""
+    templates = ("a photo of red", "one red", "the red cat")
+    options = CaptionOptions(shuffle=True, keep=0, variants=2, suffix="hat", templates=templates)
+    condition = make("sd1", options=options)
+    condition.read([TEMPLATED, "a, b, c, d", "", "blue"], print, own=3)
+    seeds = torch.arange(60)
+    told = condition.training(torch.zeros(60, dtype=torch.int64), seeds, None)["context"]
+    expected = condition.wanted([f"{template} hat" for template in templates], None)["context"]
+    nearest = (told[:, None] - expected).abs().amax(dim=(2, 3)).min(dim=1)
+    assert float(nearest.values.max()) < 1e-5
+    counts = torch.bincount(nearest.indices, minlength=3)
+    assert int(counts.min()) > 8
+    few = condition.training(torch.zeros(2, dtype=torch.int64), seeds[[41, 3]], None)["context"]
+    assert torch.equal(few, told[[41, 3]])
+    labels = torch.tensor([1, 2, 3]).repeat(20)
+    others = condition.training(labels, seeds, None)["context"]
+    texts = [*variants_of("a, b, c, d", options), "", "blue"]
+    expected = condition.wanted(texts, None)["context"]
+    nearest = (others[:, None] - expected).abs().amax(dim=(2, 3)).min(dim=1)
+    assert float(nearest.values.max()) < 1e-5
+    drawn = [set(nearest.indices[labels == label].tolist()) for label in (1, 2, 3)]
+    assert drawn == [{0, 1}, {2}, {3}]
 
 
 def test_live_encoders_get_gradients_and_the_kept_ones_none(make):

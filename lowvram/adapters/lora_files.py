@@ -53,7 +53,17 @@ class LoraFile:
     @property
     def rank(self) -> int:
         """The largest rank of a layer."""
-        return max(layer.rank.rank for layers in self.parts.values() for layer in layers.values())
+        return max(rank.rank for rank in self.ranks)
+
+    @property
+    def alpha(self) -> float:
+        """The alpha of a layer of that rank."""
+        return next(rank.alpha for rank in self.ranks if rank.rank == self.rank)
+
+    @property
+    def ranks(self) -> list[Rank]:
+        """Of all layers."""
+        return [layer.rank for layers in self.parts.values() for layer in layers.values()]
 
 
 def read(path: str | Path, *, layers_per_block: int = 2) -> LoraFile:
@@ -87,12 +97,20 @@ def read(path: str | Path, *, layers_per_block: int = 2) -> LoraFile:
 
 
 def add_from_file(
-    network: nn.Module, part: str, file: LoraFile | str | Path, *, weight: float = 1.0, name: str | None = None
+    network: nn.Module,
+    part: str,
+    file: LoraFile | str | Path,
+    *,
+    weight: float = 1.0,
+    name: str | None = None,
+    dropout: float = 0.0,
+    values: bool = True,
 ) -> Adapters:
     """Put the adapters that a file has for a part of the pipeline into its network, beside those that are there.
 
     They can be trained further: base weights are frozen, theirs are fp32. weight: how much they count.
-    name: see `lora.add`; None: one that is free.
+    name, dropout: see `lora.add`; name None: one that is free. values: False takes ranks and layers from the file
+    alone, for fake tensors, which have no numbers.
 
     Raises:
         LowVRAMError: as `read` and `lora.add_to`; or the file has nothing for this part, or layers or shapes that the
@@ -113,12 +131,12 @@ def add_from_file(
     taken = {key for module in network.modules() for key in getattr(module, "lora_A", {})}
     free = next(f"file{n}" for n in range(len(taken) + 1) if f"file{n}" not in taken)
     ranks = {path: layer.rank for path, layer in layers.items()}
-    adapters = lora.add_to(network, ranks, dora=norms == {True}, name=name or free)
+    adapters = lora.add_to(network, ranks, dropout=dropout, dora=norms == {True}, name=name or free)
     with torch.no_grad():
-        for path, layer in layers.items():
+        for path, layer in layers.items() if values else ():
             held = adapters.get_submodule(path)
-            values = {"lora_A": layer.down, "lora_B": layer.up, "lora_magnitude_vector": layer.magnitude}
-            for key, value in values.items():
+            tensors = {"lora_A": layer.down, "lora_B": layer.up, "lora_magnitude_vector": layer.magnitude}
+            for key, value in tensors.items():
                 if value is not None:
                     parameter = held.get_parameter(f"{key}.weight")
                     parameter.copy_(value.reshape(parameter.shape))

@@ -11,6 +11,7 @@ import numpy as np
 from lowvram.errors import LowVRAMError
 
 _DRAWN = 8  # variants of each caption, unless another number is wanted
+TEMPLATED = "{template}"  # the caption of an image that takes one of `CaptionOptions.templates`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +23,7 @@ class CaptionOptions:
     shuffle: the order of tags is drawn anew. keep: the first so many tags stay where they are, and are never dropped.
     tag_dropout: how often each other tag is left out, 0 to 1.
     variants: of each caption; None: 8 where something is drawn, else the caption alone.
+    templates: what the caption TEMPLATED stands for, each of them a variant; they have the prefix and suffix too.
 
     Raises LowVRAMError for values that are out of range, or say nothing.
     """
@@ -32,6 +34,7 @@ class CaptionOptions:
     keep: int = 0
     tag_dropout: float = 0.0
     variants: int | None = None
+    templates: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not 0 <= self.tag_dropout <= 1:
@@ -61,10 +64,13 @@ class CaptionOptions:
 def variants_of(caption: str, options: CaptionOptions) -> list[str]:
     """The variants of a caption, `options.count` of them; they depend on its text and the options alone.
 
-    Where tags are drawn, each variant is, and two may be alike. "" stays "": no caption.
+    Where tags are drawn, each variant is, and two may be alike. "" stays "": no caption. Of TEMPLATED there are as many
+    as templates.
     """
     if not caption:
         return [""] * options.count
+    if caption == TEMPLATED and options.templates:
+        return [_joined(options, template) for template in options.templates]
     if not options.draws:
         return [_joined(options, caption)]
     tags = tags_of(caption)

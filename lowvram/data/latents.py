@@ -311,6 +311,7 @@ class LatentSet(DerivedSet):
     """
 
     item_dtype = np.float16
+    labels_variants = False  # `read` labels what it gives label * variants.count + the variant's number
 
     def __init__(
         self, images: ImageSet, index: Index, variants: Variants, *, identity: str, masked: bool = False
@@ -400,7 +401,10 @@ class LatentSet(DerivedSet):
     def read(self, index: int, *, mirrored: bool = False, crop: int = 0) -> Item:
         """Moments, float16 [2C, h, w] (with a mask [2C + 1, h, w]), and label at `index`."""
         at, skipped = self.resolve(index)
-        return Item(self._kept(at, mirrored, crop), self.label(at), skipped, None)
+        label = self.label(at)
+        if self.labels_variants:
+            label = label * self.variants.count + self.variants.number(mirrored, crop)
+        return Item(self._kept(at, mirrored, crop), label, skipped, None)
 
     def _shard(self, number: int) -> Any:
         # A memory map has no position that a forked child could move, so that it may be shared.

@@ -424,8 +424,7 @@ class Applied:
         for phase in self.phases:
             if network in phase.networks:
                 params = [p for n in phase.networks for p in n.parameters()]
-                (group,) = phase.optimizer.param_groups
-                group["params"] = params
+                fsdp.replace_params(phase.optimizer, params)
 
     def _make_updater(self, name: str, policy: OptimizerPolicy | None = None) -> Updater:
         phases = [phase for phase in self.phases if self.optimizer_names[phase.name] == name]

@@ -30,8 +30,12 @@ __all__ = [
 ]
 
 
-def build(kind: str, params: Iterable[nn.Parameter], *, like: torch.optim.Optimizer) -> torch.optim.Optimizer:
+def build(
+    kind: str, params: Iterable[nn.Parameter], *, like: torch.optim.Optimizer, group: int | None = None
+) -> torch.optim.Optimizer:
     """An optimizer of `kind` over `params`, with the hyperparameters of `like`, which itself is left alone.
+
+    group: of which of its groups of parameters; None: it has one.
 
     adam: like's own class; Adam and AdamW in torch's fused kernel, and without a first moment where beta1 = 0. The
     others need `like` to be Adam or AdamW. adam8bit: 8-bit moments, in lowvram's own kernel. lion8bit: the same for
@@ -44,15 +48,19 @@ def build(kind: str, params: Iterable[nn.Parameter], *, like: torch.optim.Optimi
     """
     if kind not in _KINDS:
         raise LowVRAMError(f"optimizer={kind} is not known.", f"Use one of {', '.join(_KINDS)}.")
-    if len(like.param_groups) != 1:
+    if group is None and len(like.param_groups) != 1:
         raise LowVRAMError(
             f"the task's {type(like).__name__} has {len(like.param_groups)} groups of parameters.", "Use a single one."
         )
     params = list(params)
-    group = {**like.defaults, **{k: v for k, v in like.param_groups[0].items() if k != "params"}}
+    own_options = {**like.defaults, **{k: v for k, v in like.param_groups[group or 0].items() if k != "params"}}
     if type(like) not in (torch.optim.Adam, torch.optim.AdamW):  # a subclass may do something else
-        return _same_class(kind, params, like, group)
-    decoupled = isinstance(like, torch.optim.AdamW) or bool(group.get("decoupled_weight_decay"))
+        return _same_class(kind, params, like, own_options)
+    return _adam_like(kind, params, own_options, isinstance(like, torch.optim.AdamW))
+
+
+def _adam_like(kind: str, params: list[nn.Parameter], group: dict[str, Any], adamw: bool) -> torch.optim.Optimizer:
+    decoupled = adamw or bool(group.get("decoupled_weight_decay"))
     lr, (beta1, beta2) = float(group["lr"]), (float(beta) for beta in group["betas"])
     shared: dict[str, Any] = {"lr": lr, "eps": group["eps"], "weight_decay": group["weight_decay"]}
     if kind == "adam":

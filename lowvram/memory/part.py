@@ -20,7 +20,7 @@ class Part:
         params: fp32, or bf16 without a master copy: those are stepped in fp32, then rounded stochastically; by the
             kernel itself for the kinds of `policy.NARROW`.
         indices: the places of `params` among the network's, for random numbers that depend on nothing else.
-        kind, like: see `optimizers.build`.
+        kind, like, group: see `optimizers.build`.
         state_on_host: keep the state in host memory between steps.
     """
 
@@ -33,15 +33,17 @@ class Part:
         *,
         device: torch.device,
         state_on_host: bool,
+        group: int = 0,
     ) -> None:
         self.params = list(params)
         self.indices = list(indices)
+        self.group = group
         self.device = device
         self.whole = kind in NARROW  # factor, step and rounding in one kernel
         self.narrow = self.params[0].dtype == torch.bfloat16 and not self.whole
         # Stand-ins are what the inner optimizer sees of bf16 weights: filled in fp32 for a step, empty between steps.
         self.shells = [nn.Parameter(p.detach().float()) for p in self.params] if self.narrow else self.params
-        self.optimizer = optimizers.build(kind, self.shells, like=like)
+        self.optimizer = optimizers.build(kind, self.shells, like=like, group=group)
         optimizers.init_state(self.optimizer)
         self._stepped = False
         # Before any hook of others: what they raise must not make an applied step look like one to repeat.

@@ -54,13 +54,13 @@ class Bucket:
 class Pending:
     """An update that is decided on, and still to be applied to the buckets in `left`, except the parts in `done`.
 
-    factor: on the gradients. count: updates before this one. params: those that got a gradient.
+    factor: on the gradients. count: updates before this one. params: those that got a gradient. lrs: by group.
     """
 
     factor: float
     count: int
     params: frozenset[nn.Parameter]
-    lr: float
+    lrs: list[float]
     left: dict[str, Bucket]
     done: set[Part] = field(default_factory=set)
 
@@ -70,7 +70,8 @@ class Updater:
 
     Args:
         name: of the optimizer, in errors.
-        optimizer: the task's own, whose hyperparameters hold; it is not stepped.
+        optimizer: the task's own, whose hyperparameters hold; it is not stepped. Its groups of parameters may differ in
+            step size, which a schedule may change, and in weight decay.
         blocks: parameters by the name of their block; the others are a bucket of their own.
         streams: of the streamed networks, by the name of their blocks.
         scale: the factor on the loss under fp16 autocast, or None.
@@ -99,6 +100,8 @@ class Updater:
         self.like = optimizer
         self.count = 0  # updates so far
         self._indices = {p: i for i, p in enumerate(self.params)}
+        self._group_of = {p: number for number, group in enumerate(optimizer.param_groups) for p in group["params"]}
+        _check_groups(name, optimizer)
         self._sum = sum_over_processes
         self._collecting = False
         self._host_grads: dict[nn.Parameter, Tensor] = {}
@@ -166,7 +169,8 @@ class Updater:
         self._clean(grad)
         self._norms[param] = _norm(grad)
         self._stepped_inside = True
-        self._part_of[param].step([grad], 1.0, lr=self._lr(), seed=self.seed, count=self.count)
+        part = self._part_of[param]
+        part.step([grad], 1.0, lr=self._lrs()[part.group], seed=self.seed, count=self.count)
         bucket = self._bucket_of[param]
         if bucket.stream is not None:
             bucket.stream.mark_changed(bucket.name)
@@ -241,13 +245,12 @@ class Updater:
         return Outcome(loss=loss_value, norm=norm_value, applied=True, finite=True)
 
     def _plan(self, factor: float, params: frozenset[nn.Parameter]) -> None:
-        self._pending = Pending(factor=factor, count=self.count, params=params, lr=self._lr(), left=dict(self.buckets))
+        left = dict(self.buckets)
+        self._pending = Pending(factor=factor, count=self.count, params=params, lrs=self._lrs(), left=left)
 
-    def _lr(self) -> float:
-        """Of the task's own optimizer now, so that schedules work."""
-        (group,) = self.like.param_groups
-        lr: float = group["lr"]
-        return lr
+    def _lrs(self) -> list[float]:
+        """Of the groups of the task's own optimizer now, so that schedules work."""
+        return [group["lr"] for group in self.like.param_groups]
 
     def flush(self) -> None:
         """Apply what is pending, and bring everything that is kept on the host up to date there."""
@@ -292,7 +295,8 @@ class Updater:
         for part in bucket.parts:
             if part not in pending.done:
                 given = [grads[p] if p in pending.params else None for p in part.params]
-                part.step(given, pending.factor, lr=pending.lr, seed=self.seed, count=pending.count)
+                lr = pending.lrs[part.group]
+                part.step(given, pending.factor, lr=lr, seed=self.seed, count=pending.count)
                 pending.done.add(part)
         for param in bucket.params:
             param.grad = None
@@ -392,10 +396,13 @@ class Updater:
         return buckets
 
     def _portions(self, params: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
-        """Parameters that are stepped at once. One at a time where each would need a temporary or a step of its own."""
+        """Parameters that are stepped at once: a group's. One at a time where each would need a temporary or a step of
+        its own."""
         shells = self.policy.weights_dtype == "bf16" and self.policy.kind not in NARROW
-        alone = self.policy.update == "fused" or shells
-        return [[p] for p in params] if alone else [list(params)]
+        if self.policy.update == "fused" or shells:
+            return [[p] for p in params]
+        groups = [[p for p in params if self._group_of[p] == n] for n in range(len(self.like.param_groups))]
+        return [group for group in groups if group]
 
     def _make_part(self, params: list[nn.Parameter], bucket: Bucket) -> Part:
         return Part(
@@ -405,7 +412,20 @@ class Updater:
             self.like,
             device=self.device,
             state_on_host=self.policy.state == "host" or bucket.stream is not None,
+            group=self._group_of[params[0]],
         )
+
+
+def _check_groups(name: str, optimizer: torch.optim.Optimizer) -> None:
+    """Groups that differ in more than step size and weight decay are refused: checkpoints know one set for all."""
+    first, *others = optimizer.param_groups
+    for group in others:
+        for option in optimizer.defaults:
+            if option not in ("lr", "weight_decay") and group[option] != first[option]:
+                raise LowVRAMError(
+                    f"the optimizer {name} has groups of parameters with {option}={first[option]} and {group[option]}.",
+                    "Let them differ in lr and weight_decay alone, or use a phase for each.",
+                )
 
 
 def _hook(param: nn.Parameter, take: Callable[[nn.Parameter], None]) -> torch.utils.hooks.RemovableHandle:

@@ -1,5 +1,6 @@
 """Settings of fine-tuning published Stable Diffusion weights: what is trained of them, and on which words."""
 
+import math
 from dataclasses import dataclass, replace
 
 from lowvram.errors import LowVRAMError
@@ -23,6 +24,9 @@ class LoraSettings:
     text_targets: list[str]
     dropout: float
     dora: bool
+    begin: str | None = None  # run folders from before there were such files mean none, here and below
+    stack: str | None = None
+    stack_scale: str | None = None
 
     def __post_init__(self) -> None:
         at_least("lora.rank", self.rank, 1)
@@ -31,6 +35,37 @@ class LoraSettings:
             raise LowVRAMError(f"lora.alpha={self.alpha} must be above 0.", "A usual value is lora.rank.")
         if not self.targets:
             raise LowVRAMError("lora.targets is empty.", "Use lora.targets=[attention].")
+        stack_scales(self.stack, self.stack_scale)
+
+
+def stack_scales(stack: str | None, scale: str | None) -> list[float]:
+    """How much each file of `lora.stack` counts; raises LowVRAMError for what is no number for each."""
+    count = len([name for name in (stack or "").split("|") if name.strip()])
+    if scale is not None and not count:
+        raise LowVRAMError(f"lora.stack_scale={scale} without lora.stack.", "Name files too, or leave it out.")
+    return scales("lora.stack_scale", scale, count)
+
+
+def scales(name: str, text: str | None, count: int) -> list[float]:
+    """Numbers with | between, one for each of `count` LoRA files; one alone counts for all, and none means 1.
+
+    Raises LowVRAMError for another count, or what is no number.
+    """
+    words = "1" if text is None else str(text)
+    try:
+        values = [float(word) for word in words.split("|")]
+    except ValueError:
+        values = []
+    if not values or not all(math.isfinite(value) for value in values):
+        raise LowVRAMError(f"{name}={text} is no number.", f"Use {name}=0.8, or with | between one for each LoRA.")
+    if len(values) == 1:
+        return values * count
+    if len(values) != count:
+        raise LowVRAMError(
+            f"{name}={text} has {len(values)} numbers, for {count} LoRA file{'' if count == 1 else 's'}.",
+            "Give one for each, in their order, or one for all.",
+        )
+    return values
 
 
 @dataclass(kw_only=True)
@@ -40,6 +75,7 @@ class EmbeddingSettings:
     token: str
     vectors: int
     initial: str
+    templates: str = "none"  # run folders from before there were any mean none
 
     def __post_init__(self) -> None:
         at_least("embedding.vectors", self.vectors, 1)
@@ -65,9 +101,16 @@ class PromptSettings:
     skip: int
     dtype: str
     train: bool
+    lr: float | None = None  # run folders from before there was a choice mean optimizer.lr
 
     def __post_init__(self) -> None:
         at_least("text.keep", self.keep, 0)
+        if self.lr is not None and self.lr <= 0:
+            raise LowVRAMError(f"text.lr={self.lr} must be above 0.", "A usual one is half of optimizer.lr.")
+        if self.lr is not None and not self.train:
+            raise LowVRAMError(
+                f"text.lr={self.lr} with text.train=false, which trains no text encoder.", "Use text.train=true."
+            )
         at_least("text.skip", self.skip, 0)
         fraction("text.tag_dropout", self.tag_dropout)
         one_of("text.missing", self.missing, ("unconditional", "error"))
@@ -195,23 +238,30 @@ class StableDiffusionSettings(Settings):
                 f"text.dtype={self.text.dtype} with text.train=true: text encoders that are trained whole are fp32.",
                 "Leave text.dtype out, or use train=lora.",
             )
+        for name in ("begin", "stack"):
+            if getattr(self.lora, name) is not None and self.train != "lora":
+                raise LowVRAMError(
+                    f"lora.{name}={getattr(self.lora, name)} with train={self.train}: no low-rank weights are trained.",
+                    f"Use train=lora, or leave lora.{name} out.",
+                )
         if self.latent.recipe is not None:
             raise LowVRAMError(
                 f"latent.recipe={self.latent.recipe}: the weights have an autoencoder of their own.",
                 "Leave it out; latent.path names another one.",
-            )
-        if self.family == "sdxl" and self.latent.crops > 1:
-            raise LowVRAMError(
-                f"latent.crops={self.latent.crops} with family=sdxl, which is told where an image was cut: that is "
-                "known of the first crop alone.",
-                "Use latent.crops=1.",
             )
         if self.train == "textual_inversion" and self.text.train:
             raise LowVRAMError(
                 "text.train=true with train=textual_inversion: there the word alone is trained.",
                 "Leave text.train out, or use train=lora.",
             )
-        if self.prior.prompt is not None and self.text.prompt is None:
+        named = [name for name in ("text.prompt", "embedding.templates") if name in self.overrides]
+        if len(named) == 2 and self.text.prompt is not None and self.embedding.templates != "none":
+            raise LowVRAMError(
+                f"text.prompt={self.text.prompt!r} and embedding.templates={self.embedding.templates} both serve "
+                "images without a caption.",
+                "Leave one of them out.",
+            )
+        if self.prior.prompt is not None and self.text.prompt is None and not self.templated:
             raise LowVRAMError(
                 f"prior.prompt={self.prior.prompt!r} stands against no prompt of your own images.",
                 "Give text.prompt too, such as text.prompt='a photo of sks dog' prior.prompt='a photo of a dog'.",
@@ -220,6 +270,12 @@ class StableDiffusionSettings(Settings):
     def at_full_cost(self) -> "StableDiffusionSettings":
         """Each step of sampling takes the memory of the others: two are enough to see it."""
         return replace(self, sampling=replace(self.sampling, steps=2))
+
+    @property
+    def templated(self) -> bool:
+        """Whether images without a caption take a template round the new word."""
+        wanted = self.train == "textual_inversion" and self.embedding.templates != "none"
+        return wanted and self.text.prompt is None
 
     @property
     def live_text(self) -> bool:

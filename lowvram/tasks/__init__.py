@@ -262,7 +262,7 @@ def load_weights(
     *,
     device: str = "auto",
     base: str | Path | None = None,
-    scale: float = 1.0,
+    scale: float | str | None = None,
     predict: str | None = None,
     place: Place | None = None,
     prepared: bool = True,
@@ -273,7 +273,8 @@ def load_weights(
         path: of StyleGAN2 a pickle or .safetensors; of Stable Diffusion a folder, a single file, a LoRA or the
             embedding of a word, or several of these with | between them.
         device, place, prepared: as of `load_run`.
-        base: the pipeline that a LoRA or a word stands on. scale: how much LoRAs count.
+        base: the pipeline that a LoRA or a word stands on. scale: how much LoRAs count (1); or "0.8|0.5", one number
+            for each LoRA.
         predict: what the UNet does, eps or v, where its file does not say so.
 
     Raises:
@@ -286,6 +287,8 @@ def load_weights(
     if len(paths) == 1 and adapted.kind_of(paths[0]) == "stylegan":
         if base is not None:
             raise LowVRAMError(f"weights={path} stand on no other weights.", "Leave base out.")
+        if scale is not None:
+            raise LowVRAMError(f"scale={scale} is for LoRAs, and weights={path} are none.", "Leave scale out.")
         return StyleGAN2Task.of_weights(paths[0], pick_device(device))
     where = None if base is None else Path(base).expanduser()
     task = adapted.open_weights(paths, pick_device(device), base=where, scale=scale, predict=predict)

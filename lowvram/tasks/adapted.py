@@ -6,15 +6,16 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lowvram.adapters import embedding_files, lora_files, lora_names
 from lowvram.adapters.embedding_files import EmbeddingFile
-from lowvram.adapters.lora_files import LoraFile
+from lowvram.adapters.stack import Stack
 from lowvram.config import load_recipe
 from lowvram.errors import LowVRAMError
 from lowvram.settings import StableDiffusionSettings
-from lowvram.tasks import published
+from lowvram.settings.stable_diffusion import scales
+from lowvram.tasks import low_rank, published
 from lowvram.tasks.fine_tuned import FineTuned
 from lowvram.tasks.stable_diffusion import StableDiffusionTask
 from lowvram.weights.pipeline import Pipeline, open_pipeline
@@ -67,18 +68,13 @@ class Adapted(FineTuned):
         pipeline: Pipeline,
         device: torch.device,
         *,
-        loras: Sequence[LoraFile] = (),
+        stack: Stack | None = None,
         words: Sequence[EmbeddingFile] = (),
-        scale: float = 1.0,
     ) -> None:
-        self.loras, self.words, self.scale = loras, words, scale
-        text = published.text(pipeline, settings, device, loading=self._load, live=bool(words))
-        super().__init__(settings, pipeline, text, device)
-        # Not merged: 16-bit weights would lose part of the change.
-        parts = [file for file in loras if "unet" in file.parts]
-        self.adapters = [lora_files.add_from_file(self.unet, "unet", file, weight=scale) for file in parts]
-        for adapters in self.adapters:
-            adapters.eval()
+        stack = Stack() if stack is None else stack
+        self.words = words
+        text = published.text(pipeline, settings, device, live=bool(words), **low_rank.text_options(stack))
+        super().__init__(settings, pipeline, text, device, stack)
         if words:
             self.text = text.network()
             assert self.text is not None
@@ -86,30 +82,13 @@ class Adapted(FineTuned):
             text.tokenizers = self.text.tokenizers = embeddings.tokenizers
             self.text.requires_grad_(False).eval()
 
-    def _load(self, part: str, network: nn.Module) -> None:
-        self.pipeline.load(part, network)
-        self._merge(part, network)
-
-    def _merge(self, part: str, network: nn.Module) -> None:
-        for file in self.loras:
-            if part in file.parts:
-                lora_files.add_from_file(network, part, file, weight=self.scale).merge(keep=False)
-
     def changed(self) -> dict[str, dict[str, Tensor]]:
         if self.words:
             raise LowVRAMError(
                 f"a pipeline has no place for the word {self.words[0].token} of {self.words[0].path}.",
                 "Leave it out, and load its file beside the pipeline.",
             )
-        parts = {part for file in self.loras for part in file.parts}
-        for adapters in self.adapters:
-            adapters.merge(keep=False)
-        changed = {"unet": dict(self.unet.state_dict())} if "unet" in parts else {}
-        if parts - {"unet"}:
-            text = published.text(self.pipeline, self.settings, self.device, loading=self._load, live=True).network()
-            assert text is not None
-            changed |= {part: text.state(n) for n, part in enumerate(self.condition.parts) if part in parts}
-        return changed
+        return super().changed()
 
 
 def open_weights(
@@ -117,16 +96,17 @@ def open_weights(
     device: torch.device,
     *,
     base: Path | None = None,
-    scale: float = 1.0,
+    scale: float | str | None = None,
     predict: str | None = None,
 ) -> StableDiffusionTask:
     """A task that samples from files of Stable Diffusion: one pipeline, and LoRAs and words for it.
 
-    base: the pipeline, where `paths` are LoRAs and words alone. scale: how much LoRAs count. predict: eps or v, what
-    its UNet does, where that is to be said.
+    base: the pipeline, where `paths` are LoRAs and words alone. scale: how much LoRAs count, all alike, or "0.8|0.5"
+    one after the other. predict: eps or v, what its UNet does, where that is to be said.
 
     Raises:
-        LowVRAMError: a file can't be read, they don't fit one another, or there is no pipeline, or more than one.
+        LowVRAMError: a file can't be read, they don't fit one another, there is no pipeline, or more than one, or
+            there are more or fewer scales than LoRAs.
     """
     kinds = {path: kind_of(path) for path in paths}
     pipelines = [path for path, kind in kinds.items() if kind == "pipeline"] + ([base] if base is not None else [])
@@ -138,6 +118,10 @@ def open_weights(
         )
     if len(pipelines) > 1:
         raise LowVRAMError(f"{pipelines[0]} and {pipelines[1]} are both whole pipelines.", "Give one of them.")
+    loras = [path for path in others if kinds[path] == "lora"]
+    if scale is not None and not loras:
+        raise LowVRAMError(f"scale={scale} is for LoRAs, and there is none among the weights.", "Leave scale out.")
+    counts = scales("scale", None if scale is None else str(scale), len(loras))
     settings = settings_for(pipelines[0], predict)
     pipeline = published.source(settings)
     assert isinstance(pipeline, Pipeline)
@@ -145,9 +129,8 @@ def open_weights(
         settings,
         pipeline,
         device,
-        loras=[lora_files.read(path) for path in others if kinds[path] == "lora"],
+        stack=Stack([lora_files.read(path) for path in loras], counts),
         words=[embedding_files.read(path) for path in others if kinds[path] == "embedding"],
-        scale=scale,
     )
     return StableDiffusionTask(settings, device, pipeline=pipeline, tuned=tuned)
 

@@ -267,6 +267,11 @@ def write_beside(codec: Codec, folder: Path) -> None:
 # The latents of a data set.
 
 
+def larger_resolution(settings: LatentSettings) -> int:
+    """Of the pictures that all crops but the first are cut from."""
+    return round(settings.resolution * _LARGER)
+
+
 def latents(settings: LatentSettings, codec: Codec, device: torch.device) -> LatentSet:
     """The latents of the recipe's images: read where they are kept, made where they are not.
 
@@ -277,7 +282,7 @@ def latents(settings: LatentSettings, codec: Codec, device: torch.device) -> Lat
     larger = None
     if latent.crops > 1:
         wide = replace(settings, data=replace(settings.data, labels=False))
-        larger = open_images(wide, resolution=round(settings.resolution * _LARGER))
+        larger = open_images(wide, resolution=larger_resolution(settings))
     images, picture_sizes = open_images(settings), None
     if settings.data.buckets:
         images = BucketedSet(images, multiple=latent.factor * settings.grain, min_images=settings.batch)

@@ -95,7 +95,7 @@ def _lora(task: StableDiffusionTask, out: Path, dtype: torch.dtype | None, layou
         raise _none(task, "lora")
     states = task.tuned.states()
     kind = cast(Literal["diffusers", "kohya"], layout)
-    lora_files.write(out, states, alpha=task.settings.lora.alpha, layout=kind, dtype=dtype)
+    lora_files.write(out, states, alpha=task.tuned.alphas(), layout=kind, dtype=dtype)
     return f"low-rank weights of {', '.join(states)}"
 
 

@@ -3,16 +3,20 @@
 import copy
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from lowvram.adapters import lora, textual_inversion
+from lowvram import standin
+from lowvram.adapters import textual_inversion
+from lowvram.adapters.lora_files import LoraFile
+from lowvram.adapters.stack import Stack
 from lowvram.adapters.twin import Twin
 from lowvram.models.unet import UNet
 from lowvram.settings import StableDiffusionSettings
-from lowvram.tasks import Place, published
+from lowvram.tasks import Place, low_rank, published
 from lowvram.tasks.pipeline_text import PipelineText
 from lowvram.tasks.published import Source
 
@@ -27,19 +31,34 @@ class FineTuned:
         unet, text: on the host as they are made. text: None where the encoders' output is cached.
         trained: networks that the update changes, by the names of their files. frozen: those that gradients go through.
         averaged: what holds the averages of `trained`, by the same names with "_ema"; empty without `average`.
+        stack: LoRA files that are in the UNet, and that `text` puts into text encoders.
     """
 
-    def __init__(self, settings: StableDiffusionSettings, pipeline: Source, text: PipelineText, device: torch.device):
+    def __init__(
+        self,
+        settings: StableDiffusionSettings,
+        pipeline: Source,
+        text: PipelineText,
+        device: torch.device,
+        stack: Stack | None = None,
+    ) -> None:
         self.settings, self.pipeline, self.condition, self.device = settings, pipeline, text, device
+        self.stack = Stack() if stack is None else stack
         self.trained: dict[str, nn.Module] = {}
         self.averaged: dict[str, nn.Module] = {}
         self.frozen: tuple[nn.Module, ...] = ()
         self.text: ClipText | None = None
         self.unet = self._unet()
+        self.stack.add(self.unet, "unet", values=not standin.active())
 
     def _unet(self) -> UNet:
         unet = published.unet(self.pipeline, dtype=published.base_dtype(self.settings, self.device))
         return unet.requires_grad_(False)
+
+    @property
+    def text_networks(self) -> list[str]:
+        """The names of those of `trained` that are of text encoders."""
+        return [name for name in self.trained if name == "text" or name.startswith("lora_text")]
 
     def average(self) -> None:
         """Make `averaged`, with the values of `trained`."""
@@ -72,7 +91,19 @@ class FineTuned:
 
         Low-rank weights are merged for it: what they sit in is of no use for training after that.
         """
-        return {}
+        self.stack.merge()
+        changed = {"unet": dict(self.unet.state_dict())} if "unet" in self.stack.parts else {}
+        return changed | self._stacked_text()
+
+    def _stacked_text(self) -> dict[str, dict[str, Tensor]]:
+        """The text encoders that the stack changes, and nothing trains."""
+        parts = self.stack.text_parts
+        if not parts:
+            return {}
+        options = low_rank.text_options(self.stack)
+        text = published.text(self.pipeline, self.settings, self.device, live=True, **options).network()
+        assert text is not None
+        return {part: text.state(n) for n, part in enumerate(self.condition.parts) if part in parts}
 
 
 class Full(FineTuned):
@@ -121,24 +152,28 @@ class Lora(FineTuned):
     Networks `lora_unet`, `lora_text_encoder`, `lora_text_encoder_2`.
     """
 
-    def __init__(self, settings: StableDiffusionSettings, pipeline: Source, text: PipelineText, device: torch.device):
-        super().__init__(settings, pipeline, text, device)
+    def __init__(
+        self,
+        settings: StableDiffusionSettings,
+        pipeline: Source,
+        text: PipelineText,
+        device: torch.device,
+        stack: Stack | None = None,
+        begin: LoraFile | None = None,
+    ) -> None:
+        """stack: stays frozen under them. begin: what they are to begin with; None: nothing."""
+        super().__init__(settings, pipeline, text, device, stack)
         self.twins: dict[str, Twin] = {}
-        self.adapters = {"unet": self._add(self.unet, settings.lora.targets)}
+        self.adapters = {"unet": low_rank.add(settings, self.unet, "unet", settings.lora.targets, begin)}
         self.frozen = (self.unet,)
         if settings.text.train:
             self.text = text.network()
             assert self.text is not None
             for part, encoder in zip(text.parts, self.text.encoders, strict=True):
-                self.adapters[part] = self._add(encoder, settings.lora.text_targets)
+                self.adapters[part] = low_rank.add(settings, encoder, part, settings.lora.text_targets, begin)
             self.frozen = (self.unet, self.text)
+        low_rank.check(settings, self.adapters, begin, self.stack)
         self.trained = {f"lora_{part}": adapters for part, adapters in self.adapters.items()}
-
-    def _add(self, network: nn.Module, targets: list[str]) -> lora.Adapters:
-        said = self.settings.lora
-        return lora.add(
-            network, rank=said.rank, alpha=said.alpha, targets=targets, dropout=said.dropout, dora=said.dora
-        )
 
     def _unet(self) -> UNet:
         unet = super()._unet()
@@ -178,14 +213,23 @@ class Lora(FineTuned):
                 for part, adapters in self.adapters.items()
             }
 
+    def alphas(self) -> dict[str, dict[str, float]]:
+        """The alpha of each layer, by part and path."""
+        return {
+            part: {path: rank.alpha for path, rank in adapters.ranks.items()}
+            for part, adapters in self.adapters.items()
+        }
+
     def changed(self) -> dict[str, dict[str, Tensor]]:
+        self.stack.merge()
         with self.sampling():
             for adapters in self.adapters.values():
                 adapters.merge(keep=False)
         changed = {"unet": dict(self.unet.state_dict())}
-        if self.text is not None:
-            for number, part in enumerate(self.condition.parts):
-                changed[part] = self.text.state(number)
+        if self.text is None:
+            return changed | self._stacked_text()
+        for number, part in enumerate(self.condition.parts):
+            changed[part] = self.text.state(number)
         return changed
 
 
@@ -237,17 +281,19 @@ def _evaluating(network: nn.Module) -> Iterator[None]:
         network.train(training)
 
 
-_KINDS = {"full": Full, "lora": Lora, "textual_inversion": Inversion}
-
-
 def make(
     settings: StableDiffusionSettings,
     pipeline: Source,
-    text: PipelineText,
     device: torch.device,
+    folder: Path | None = None,
     *,
     untrained: bool = False,
 ) -> FineTuned:
-    """What the recipe trains, with the published weights. untrained: nothing."""
-    kind = FineTuned if untrained else _KINDS[settings.train]
-    return kind(settings, pipeline, text, device)
+    """What the recipe trains, with the published weights, and `condition`. folder: of the run. untrained: nothing."""
+    stack = low_rank.stack_of(settings, folder)
+    text = published.text(pipeline, settings, device, **low_rank.text_options(stack))
+    if untrained:
+        return FineTuned(settings, pipeline, text, device, stack)
+    if settings.train == "lora":
+        return Lora(settings, pipeline, text, device, stack, low_rank.begin_of(settings, folder))
+    return (Full if settings.train == "full" else Inversion)(settings, pipeline, text, device)

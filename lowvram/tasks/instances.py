@@ -12,17 +12,22 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from lowvram.bars import bar
 from lowvram.data import ImageSet
 from lowvram.data.bucketed import BucketedSet
+from lowvram.data.caption_variants import TEMPLATED
 from lowvram.data.captions import Captions, read_captions
 from lowvram.data.latents import LatentSet
 from lowvram.data.repeated import JoinedSet, RepeatedSet, repeats_of_folders
 from lowvram.data.size_ids import size_ids
 from lowvram.errors import LowVRAMError
+from lowvram.marks.mark import make_mark
+from lowvram.marks.runs import origin_of_weights
 from lowvram.sampling.grids import save_png
 from lowvram.settings import StableDiffusionSettings
+from lowvram.settings.base import MarkSettings
 from lowvram.tasks import Place, codec
 from lowvram.tasks.codec import Codec
 
@@ -35,7 +40,8 @@ class Instances:
     """Images and captions in one order, which labels are indices of.
 
     items: what batches are read from. images: the user's, as pictures. own: how many are the user's; those after are
-    of the class. size_ids: int64 [N, variants, 6].
+    of the class. size_ids: int64 [N, variants, 6]. labelled: labels of items tell the variant too, as
+    image * variants + variant.
     """
 
     items: ImageSet
@@ -43,6 +49,11 @@ class Instances:
     captions: Sequence[str]
     own: int
     size_ids: NDArray[np.int64] | None
+    labelled: bool
+
+    def images_of(self, labels: Tensor) -> Tensor:
+        """The index of the image that each label is of, int64 [b]."""
+        return labels // self.size_ids.shape[1] if self.labelled and self.size_ids is not None else labels
 
 
 def open_all(
@@ -56,13 +67,15 @@ def open_all(
     latents = codec.latents(settings, own, device)
     said = settings.text
     latents.labels = np.arange(len(latents))
-    captions = read_captions(latents, missing=said.missing, prompt=said.prompt)
+    latents.labels_variants = settings.family == "sdxl" and settings.latent.crops > 1
+    captions = read_captions(latents, missing=said.missing, prompt=TEMPLATED if settings.templated else said.prompt)
     found = Instances(
         items=latents,
         images=latents.images,
         captions=captions,
         own=len(latents),
         size_ids=_size_ids(settings, latents),
+        labelled=latents.labels_variants,
     )
     if isinstance(latents.images, BucketedSet):
         say(latents.images.summary())
@@ -74,18 +87,22 @@ def open_all(
         return found
     made = class_settings(settings, folder)
     of_class = codec.latents(made, own, device)
+    of_class.labels_variants = found.labelled
     captions = Captions.joined(captions, read_captions(of_class, prompt=settings.prior.prompt))
     return Instances(
         items=JoinedSet(found.items, of_class),
         images=found.images,
         captions=captions,
         own=found.own,
+        labelled=found.labelled,
         size_ids=None if found.size_ids is None else np.concatenate([found.size_ids, _size_ids(made, of_class)]),
     )
 
 
 def _size_ids(settings: StableDiffusionSettings, latents: LatentSet) -> NDArray[np.int64] | None:
-    return size_ids(latents.images, variants=latents.variants) if settings.family == "sdxl" else None
+    if settings.family != "sdxl":
+        return None
+    return size_ids(latents.images, variants=latents.variants, larger=codec.larger_resolution(settings))
 
 
 def class_settings(settings: StableDiffusionSettings, folder: Path | None) -> StableDiffusionSettings:
@@ -116,6 +133,10 @@ def make_class_images(
         return
     missing = [number for number, name in enumerate(names) if name not in there]
     say(f"making {len(missing)} images of {settings.prior.prompt!r} in {place}, once")
+    weights = [] if settings.weights is None else [settings.weights]
+    # Trained on as they are: without what a watermark, or a signature, would add.
+    origin = replace(origin_of_weights(weights), seed=settings.seed)
+    mark = make_mark(MarkSettings(enabled=settings.mark.enabled), origin)
     sampler = task()
     sampler.prepare_sampling(on_device)
     place.mkdir(parents=True, exist_ok=True)
@@ -128,6 +149,6 @@ def make_class_images(
             images = sampler.sample(count, seed=settings.seed, start=wanted[0], prompts=[settings.prior.prompt])
             for number in wanted:
                 partial = place / f".{names[number]}.partial"
-                save_png(images[number - wanted[0]], partial)
+                save_png(images[number - wanted[0]], partial, mark and mark.of(index=number))
                 partial.replace(place / names[number])
             progress.update(len(wanted))

@@ -58,11 +58,18 @@ class LatentTask(Task):
         trained: tuple[nn.Module, ...],
         averages: Iterable[tuple[nn.Module, nn.Module]],
         frozen: tuple[nn.Module, ...] = (),
+        lrs: Mapping[nn.Module, float] | None = None,
     ) -> None:
-        """One phase, `denoiser`, of AdamW. averages: pairs of a trained network and what holds its average."""
-        settings, adam = self.settings, self.settings.optimizer
+        """One phase, `denoiser`, of AdamW. averages: pairs of a trained network and what holds its average.
+
+        lrs: step sizes of networks that have their own; these come last in `trained`.
+        """
+        settings, adam, own = self.settings, self.settings.optimizer, lrs or {}
+        shared = [p for network in trained if network not in own for p in network.parameters()]
+        groups: list[dict[str, Any]] = [{"params": shared}]
+        groups += [{"params": list(network.parameters()), "lr": lr} for network, lr in own.items()]
         optimizer = torch.optim.AdamW(
-            [p for network in trained for p in network.parameters()],
+            groups,
             lr=adam.lr,
             betas=(adam.beta1, adam.beta2),
             eps=adam.eps,

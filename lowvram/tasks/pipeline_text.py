@@ -54,7 +54,7 @@ class PipelineText(Condition):
         size: height and width that are sampled, in pixels; may be set again. Of use to SDXL alone.
         key: what else the encoders' weights depend on, where they are not those of the files.
         loading: puts an encoder's weights into a module, given the part's name; None: `pipeline.load`, or random ones
-            for a pipeline that has none.
+            for a pipeline that has none. changing: called alike with the module that has them, to change them.
 
     Attributes:
         tokenizers: of each encoder. Others may be put in their place before `read`, such as ones that know new words.
@@ -76,6 +76,7 @@ class PipelineText(Condition):
         size: tuple[int, int] = (1024, 1024),
         key: str = "",
         loading: Callable[[str, nn.Module], None] | None = None,
+        changing: Callable[[str, nn.Module], None] | None = None,
     ) -> None:
         super().__init__(dropout, device)
         self.pipeline, self.options, self.live = pipeline, options or CaptionOptions(), live
@@ -91,7 +92,9 @@ class PipelineText(Condition):
         self.pooled_dim = int(last["projection_dim"] if _projects(last) else last["hidden_size"])
         self.length = min(int(config.get("max_position_embeddings", 77)) for config in self._configs)
         self._loading = loading or (_draw if pipeline.layout == _RANDOM else pipeline.load)
-        self._rows: NDArray[np.int64] | None = None  # [N, variants]: of each image's captions among the different ones
+        self._changing = changing
+        self._rows: NDArray[np.int64] | None = None  # [N, most]: of each image's captions among the different ones
+        self._counts: NDArray[np.int64] = np.empty(0, np.int64)  # [N]: how many captions each image has
         self._ids: list[Tensor] = []  # of each tokenizer, [T, length] of the different captions; where it is live
         self._kept: Rows | None = None
         self._sizes: Tensor | None = None  # [N, variants, 6]
@@ -122,15 +125,16 @@ class PipelineText(Condition):
 
         own: only the first so many are varied, and have the prefix and suffix; those after are of a class.
         """
-        count = self.options.count
         texts = [
-            variants_of(caption, self.options) if own is None or number < own else [caption] * count
+            variants_of(caption, self.options) if own is None or number < own else [caption]
             for number, caption in enumerate(captions)
         ]
+        self._counts = np.array([len(of_one) for of_one in texts], np.int64)
+        most = max(self._counts, default=1)
         different = sorted({"", *(text for of_one in texts for text in of_one)})  # "" sorts first
         number = {text: row for row, text in enumerate(different)}
-        self._rows = np.array([[number[text] for text in of_one] for of_one in texts], np.int64)
-        self._rows = self._rows.reshape(len(texts), self.options.count)
+        rows = [[number[text] for text in of_one] + [0] * (most - len(of_one)) for of_one in texts]
+        self._rows = np.array(rows, np.int64).reshape(len(texts), most)
         long = sum(tokens > self.length for tokens in count_tokens(self.tokenizers, different))
         if long:
             say(f"{long:,} of {len(different):,} different captions are longer than {self.length - 2} tokens, and cut")
@@ -203,12 +207,17 @@ class PipelineText(Condition):
         """Some of the encoders on the CPU, loaded anew; in a plan without weights."""
         pairs: list[tuple[Mapping[str, Any], Callable[[nn.Module], None] | None]] = []
         for i in numbers:
-            load = None if standin.active() else partial(self._loading, self.parts[i])
+            load = None if standin.active() else partial(self._load, self.parts[i])
             pairs.append((self._configs[i], load))
         tokenizers = [self.tokenizers[i] for i in numbers]
         return ClipText.from_parts(
             pairs, tokenizers, last_but_one=self.large, skip=self.skip, trained=trained, dtype=self.dtype
         )
+
+    def _load(self, part: str, encoder: nn.Module) -> None:
+        self._loading(part, encoder)
+        if self._changing is not None:
+            self._changing(part, encoder)
 
     @torch.no_grad()
     def _encode(self, texts: Sequence[str], *, shown: bool = False) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -240,9 +249,10 @@ class PipelineText(Condition):
             return self._pretended(len(labels), network)
         assert self._rows is not None, "no captions were read"
         count = self._sizes.shape[1] if self._sizes is not None and self._labelled else 1
-        of_images = self._rows[labels.cpu().numpy() // count]  # [b, variants]
-        drawn = (seeded.rand(seeds, stream="caption") * self.options.count).long().clamp(max=self.options.count - 1)
-        rows = torch.from_numpy(np.take_along_axis(of_images, drawn.numpy()[:, None], axis=1)[:, 0])
+        images = labels.cpu().numpy() // count  # [b]
+        counts = torch.from_numpy(self._counts[images])
+        drawn = (seeded.rand(seeds, stream="caption") * counts).long().minimum(counts - 1)
+        rows = torch.from_numpy(self._rows[images, drawn.numpy()])
         rows = torch.where(self._dropped(seeds), 0, rows)  # [b], CPU
         if self.live:
             assert network is not None

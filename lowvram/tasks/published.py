@@ -15,6 +15,7 @@ from lowvram.models.autoencoder import Autoencoder
 from lowvram.models.unet import UNet
 from lowvram.noise import Schedule
 from lowvram.settings import StableDiffusionSettings
+from lowvram.tasks import low_rank
 from lowvram.tasks.pipeline_text import PipelineText
 from lowvram.weights.pipeline import Pipeline, open_pipeline
 from lowvram.weights.random_pipeline import RandomPipeline
@@ -95,7 +96,7 @@ def with_shape(settings: StableDiffusionSettings) -> StableDiffusionSettings:
     if loss.zero_terminal_snr is None:
         loss = replace(loss, zero_terminal_snr=bool(scheduler.get("rescale_betas_zero_snr", False)))
     latent = replace(settings.latent, channels=channels, factor=factor)
-    return replace(settings, family=pipeline.family, levels=levels, latent=latent, loss=loss)
+    return low_rank.settled(replace(settings, family=pipeline.family, levels=levels, latent=latent, loss=loss))
 
 
 def schedule(config: Mapping[str, Any], *, zero_terminal_snr: bool) -> Schedule:

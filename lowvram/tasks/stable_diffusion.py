@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from lowvram import seeded, standin
 from lowvram.data import ImageSet
-from lowvram.data.caption_variants import variants_of
+from lowvram.data.caption_templates import read_templates
+from lowvram.data.caption_variants import TEMPLATED, variants_of
 from lowvram.errors import LowVRAMError
 from lowvram.noise import Predict
 from lowvram.objectives.diffusion import diffusion_loss, pixel_weights
 from lowvram.phase import MicroBatch
 from lowvram.settings import Settings, StableDiffusionSettings
-from lowvram.tasks import Place, codec, fine_tuned, instances, published
+from lowvram.tasks import Place, codec, fine_tuned, instances, low_rank, published
 from lowvram.tasks.codec import Codec
 from lowvram.tasks.fine_tuned import FineTuned
 from lowvram.tasks.latent import CAPTIONS, LATENT_OPTIONS, LatentTask, Wishes
@@ -56,8 +57,7 @@ class StableDiffusionTask(LatentTask):
         self.predict = cast(Predict, settings.loss.predict)
         self.schedule.check(self.predict)
         if tuned is None:
-            text = published.text(self.pipeline, settings, device)
-            tuned = fine_tuned.make(settings, self.pipeline, text, device, untrained=untrained)
+            tuned = fine_tuned.make(settings, self.pipeline, device, folder, untrained=untrained)
         self.tuned, self.condition = tuned, tuned.condition
         self.networks = dict(self.tuned.trained)
         if settings.ema.enabled:
@@ -84,8 +84,10 @@ class StableDiffusionTask(LatentTask):
         place: Place | None = None,
     ) -> None:
         assert isinstance(settings, StableDiffusionSettings)
+        if settings.templated:
+            read_templates(settings.embedding.templates, settings.embedding.token)
         if settings.prior.prompt is not None:
-            make = partial(cls, settings, device, untrained=True)
+            make = partial(cls, settings, device, folder, untrained=True)
             instances.make_class_images(settings, folder, make, say, place)
         path = codec.find(settings, folder)
         own = None if path is None else codec.load(path, settings)
@@ -96,16 +98,22 @@ class StableDiffusionTask(LatentTask):
         for network in trained.values():
             network.requires_grad_(False)
         averages = [(trained[name.removesuffix("_ema")], target) for name, target in self.tuned.averaged.items()]
-        self.train_with_adam(tuple(trained.values()), averages, self.tuned.frozen)
+        text_lr = self.settings.text.lr
+        lrs = {n: text_lr for name, n in trained.items() if text_lr is not None and name in self.tuned.text_networks}
+        self.train_with_adam(tuple(trained.values()), averages, self.tuned.frozen, lrs)
         if self.folder is not None and not standin.active():
             self._take_in_data()
 
     def _take_in_data(self) -> None:
         self.scale, self.shift = self.codec.autoencoder.scaling_factor, self.codec.autoencoder.shift_factor
         self._check_captions()
+        if self.settings.templated:
+            said = self.settings.embedding
+            templates = read_templates(said.templates, said.token)
+            self.condition.options = replace(self.condition.options, templates=templates)
         self.condition.read(self.instances.captions, self.say, own=self.instances.own)
         if self.instances.size_ids is not None:
-            self.condition.take_sizes(self.instances.size_ids)
+            self.condition.take_sizes(self.instances.size_ids, labelled=self.instances.labelled)
         if self.tuned.reader is None:  # read now what grids are sampled with: no encoder comes to a card that is full
             prompts = self.usual_prompts()[: self.settings.grid]
             self.condition.wanted(prompts, None, cut=True)
@@ -117,7 +125,9 @@ class StableDiffusionTask(LatentTask):
             return
         token, captions = self.settings.embedding.token, self.instances.captions
         said = self.settings.text
-        with_it = sum(token in f"{said.prefix} {caption} {said.suffix}" for caption in captions if caption)
+        with_it = sum(
+            caption == TEMPLATED or token in f"{said.prefix} {caption} {said.suffix}" for caption in captions if caption
+        )
         if not with_it:
             raise LowVRAMError(
                 f"none of the {len(captions)} captions has the word {token}, which is to be learned.",
@@ -157,7 +167,7 @@ class StableDiffusionTask(LatentTask):
     def _sample_weights(self, labels: Tensor) -> Tensor | None:
         if self.settings.prior.prompt is None or standin.active():
             return None
-        of_class = labels >= self.instances.own
+        of_class = self.instances.images_of(labels) >= self.instances.own
         return torch.where(of_class, self.settings.prior.weight, 1.0)
 
     # Data.
@@ -192,6 +202,7 @@ class StableDiffusionTask(LatentTask):
         return moments if standin.active() else moments.normal_()
 
     def write_beside(self, folder: Path) -> None:
+        low_rank.write_beside(self.settings, folder)
         if self.settings.latent.path is not None:  # else that of the weights, which sampling needs anyway
             codec.write_beside(self.codec, folder)
         (folder / CAPTIONS).write_text("\n".join(self.usual_prompts()) + "\n", encoding="utf-8")
@@ -235,7 +246,8 @@ class StableDiffusionTask(LatentTask):
         if standin.active() or "instances" not in self.__dict__:
             return self.kept_captions(None)
         plain = replace(self.condition.options, shuffle=False, tag_dropout=0.0, variants=1)  # with prefix and suffix
-        return self.kept_captions(variants_of(text, plain)[0] for text in self.instances.captions if text)
+        kinds = (variants_of(text, plain) for text in self.instances.captions if text)
+        return self.kept_captions(found[number % len(found)] for number, found in enumerate(kinds))
 
 
 TASK = StableDiffusionTask

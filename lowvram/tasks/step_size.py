@@ -9,7 +9,8 @@ from lowvram.settings.common import AdamSettings
 
 
 class StepSizes:
-    """Sets the step size of optimizers to a share of its value: all of it is what each has when this is made.
+    """Sets the step size of optimizers to a share of its value: all of it is what each group of parameters has when
+    this is made.
 
     The share grows linearly from 1 / n to 1 over the n steps of `warmup_kimg`, and then follows `schedule` to
     `final_lr` at the end of training. It depends on nothing but the step, so that a run resumes exactly.
@@ -19,7 +20,7 @@ class StepSizes:
         self, optimizers: Iterable[torch.optim.Optimizer], settings: AdamSettings, *, kimg: float, batch: int
     ) -> None:
         """kimg: the length of training. batch: images in a step, over all processes."""
-        self._full = [(optimizer, optimizer.param_groups[0]["lr"]) for optimizer in optimizers]
+        self._full = [(group, group["lr"]) for optimizer in optimizers for group in optimizer.param_groups]
         self._settings = settings
         self._warmup = round(settings.warmup_kimg * 1000 / batch)
         self._steps = math.ceil(kimg * 1000 / batch)
@@ -28,9 +29,8 @@ class StepSizes:
     def set(self, step: int) -> None:
         """For the step with this number, counted from 0."""
         share = self.share(step)
-        for optimizer, lr in self._full:
-            for group in optimizer.param_groups:
-                group["lr"] = lr * share
+        for group, lr in self._full:
+            group["lr"] = lr * share
 
     def share(self, step: int) -> float:
         """The share of the step size that a step takes, in (0, 1]; `final_lr` after the last."""
