@@ -1,78 +1,23 @@
 """What NVIDIA's management library (NVML) says of a card as a whole: bytes in use by everybody, and energy.
 
-It is asked by ctypes, for it comes with every driver, while a Python package of it may not be there. It makes no CUDA
-context, which would be in what it measures.
+It makes no CUDA context, which would be in what it measures. Cards are told apart by their index, not by the UUID that
+torch would tell, for that would use CUDA.
 """
 
-import ctypes
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
 
 import torch
 
 from lowvram.memory import guard
+from lowvram.receipt.nvml import Nvml
 
 _WATCH_SECONDS = 0.005
 _ENERGY_SECONDS = 1.0  # the driver renews its counter every tenth of a second or so
 _MOST_RUNS = 10_000
-
-
-class Nvml:
-    """One card.
-
-    Args:
-        index: as CUDA counts it, among CUDA_VISIBLE_DEVICES, in the order of the PCI bus (see `order_by_bus`).
-
-    Raises:
-        OSError: there is no such library or card.
-    """
-
-    def __init__(self, index: int = 0, library: Any = None) -> None:
-        name = "nvml.dll" if sys.platform == "win32" else "libnvidia-ml.so.1"
-        self._library = ctypes.CDLL(name) if library is None else library
-        self._handle = ctypes.c_void_p()
-        self._ask("nvmlInit_v2")
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        words = [word.strip() for word in visible.split(",")] if visible else []
-        word = words[index] if index < len(words) else str(index)
-        found = ctypes.byref(self._handle)
-        if word.isdecimal():
-            self._ask("nvmlDeviceGetHandleByIndex_v2", ctypes.c_uint(int(word)), found)
-        else:  # GPU-... or MIG-...
-            self._ask("nvmlDeviceGetHandleByUUID", ctypes.c_char_p(word.encode()), found)
-
-    def used_bytes(self) -> int:
-        """In use by all programs."""
-        memory = _Memory()
-        self._ask("nvmlDeviceGetMemoryInfo", self._handle, ctypes.byref(memory))
-        return int(memory.used)
-
-    def energy_joules(self) -> float:
-        """What the card has taken since its driver was loaded; renewed several times a second.
-
-        Raises:
-            OSError: it does not count that (before Volta, or a slice of a card).
-        """
-        millijoules = ctypes.c_ulonglong()
-        self._ask("nvmlDeviceGetTotalEnergyConsumption", self._handle, ctypes.byref(millijoules))
-        return millijoules.value / 1e3
-
-    def _ask(self, function: str, *arguments: Any) -> None:
-        try:
-            status = getattr(self._library, function)(*arguments)
-        except AttributeError:
-            raise OSError(f"{function} is not in this NVML") from None
-        if status != 0:
-            raise OSError(f"{function} failed with {status}")
-
-
-class _Memory(ctypes.Structure):
-    _fields_ = [("total", ctypes.c_ulonglong), ("free", ctypes.c_ulonglong), ("used", ctypes.c_ulonglong)]
 
 
 def order_by_bus() -> None:

@@ -35,9 +35,12 @@ _Options = TypeVar("_Options")
 # Settings that hold text, commas and all.
 _WORDS = (
     *("text.prompt", "text.prefix", "text.suffix", "prior.prompt"),
-    *("embedding.token", "embedding.initial", "sampling.negative"),
+    *("embedding.token", "embedding.initial", "sampling.negative", "price", "electricity", "carbon", "contributor"),
 )
-_PATHS = ("weights", "out", "resume", "data.path", "data.masks", "latent.path", "latent.folder", "prior.folder")
+_PATHS = (
+    *("weights", "out", "resume", "data.path", "data.masks", "latent.path", "latent.folder", "prior.folder"),
+    *("lora.begin", "lora.stack", "embedding.templates", "mark.certificate", "mark.key"),
+)
 
 
 def recipe_names() -> list[str]:
@@ -77,8 +80,11 @@ def _beside_hydra() -> Iterator[None]:
         instance.hydra = running
 
 
-def to_settings(composed: DictConfig, overrides: list[str]) -> Settings:
-    """A composed Hydra configuration as checked settings; `overrides` are those that the user typed."""
+def to_settings(composed: DictConfig, overrides: list[str], *, of_run: bool = False) -> Settings:
+    """A composed Hydra configuration as checked settings; `overrides` are those that the user typed.
+
+    of_run: the recipe is a run's own, which has the shape of its weights already.
+    """
     with friendly_errors():
         values = OmegaConf.to_container(composed, resolve=True)
     assert isinstance(values, dict)
@@ -86,7 +92,7 @@ def to_settings(composed: DictConfig, overrides: list[str]) -> Settings:
     names = [o.lstrip("+~").split("=")[0] for o in overrides]
     plain["overrides"] = [n for n in names if n != "recipe" and not n.startswith("hydra.")]
     settings = settings_from(plain)
-    if settings.weights is None:
+    if settings.weights is None or (of_run and "weights" not in settings.overrides):
         return settings
     from lowvram.tasks import task_class  # with torch, which no command needs that only looks at settings
 
@@ -110,8 +116,19 @@ def settings_values(settings: Settings) -> dict[str, Any]:
 
 
 def short_forms(arguments: list[str]) -> list[str]:
-    """What users type as Hydra reads it: memory=POLICY is memory.policy=POLICY; words and paths have quotes."""
-    return [_quoted(f"memory.policy={a.removeprefix('memory=')}" if a.startswith("memory=") else a) for a in arguments]
+    """What users type as Hydra reads it: memory=POLICY is memory.policy=POLICY; words and paths have quotes.
+
+    grid=400g/kWh is carbon=400g/kWh, for a grid of samples has a number.
+    """
+
+    def whole(argument: str) -> str:
+        if argument.startswith("memory="):
+            return f"memory.policy={argument.removeprefix('memory=')}"
+        if argument.startswith("grid=") and argument.lower().endswith("/kwh"):
+            return f"carbon={argument.removeprefix('grid=')}"
+        return argument
+
+    return [_quoted(whole(argument)) for argument in arguments]
 
 
 def _quoted(argument: str) -> str:
@@ -160,15 +177,28 @@ def _register_recipe(choice: str) -> str:
         raise LowVRAMError(f"recipe={choice} can't be read: {error}", "Give the path of a YAML file.") from error
     if not isinstance(node, DictConfig):
         raise LowVRAMError(f"recipe={choice} holds no settings.", "Write them as `name: value` lines.")
+    if "hydra" in node:  # which would name functions to be called: a recipe may be somebody else's
+        raise LowVRAMError(f"recipe={choice} sets hydra.", "A recipe holds settings; give Hydra's on the command line.")
     task = node.get("task") or "stylegan2"
-    plain = OmegaConf.to_container(node, resolve=False)
-    assert isinstance(plain, dict)
+    values = OmegaConf.to_container(node, resolve=False)
+    assert isinstance(values, dict)
+    plain = {str(name): value for name, value in values.items()}
     defaults = plain.pop("defaults", [{"/task": task}, "_self_"])
     name = f"file_{path.stem}_{abs(hash(str(path.resolve()))):x}"
-    ConfigStore.instance().store(
-        group="recipe", name=name, node={"defaults": defaults, **plain, "recipe": path.stem}, package="_global_"
-    )
+    _store_recipe(name, {"defaults": defaults, **plain, "recipe": path.stem})
     return name
+
+
+def register_settings(settings: Settings, *, without: tuple[str, ...]) -> str:
+    """A name by which Hydra finds these settings as a recipe; `without` are left as they usually are."""
+    values = {name: value for name, value in settings_values(settings).items() if name not in without}
+    name = "of_a_run"
+    _store_recipe(name, {"defaults": [{"/task": settings.task}, "_self_"], **values, "recipe": settings.recipe})
+    return name
+
+
+def _store_recipe(name: str, node: dict[str, Any]) -> None:
+    ConfigStore.instance().store(group="recipe", name=name, node=node, package="_global_")
 
 
 @contextmanager

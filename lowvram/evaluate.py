@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,8 +27,8 @@ def _help(text: str) -> dict[str, str]:
 class EvaluateOptions:
     """Measure how close the images of a run's averaged generator come to the run's data set.
 
-    Prints a table and writes RUN/metrics/evaluation-STEP-....json. Statistics of the real images are kept in the
-    user's cache folder (or $LOWVRAM_CACHE), so that a second evaluation takes about half the time.
+    Prints a table, writes RUN/metrics/evaluation-STEP-....json and renews the run's page. Statistics of the real images
+    are kept in the user's cache folder (or $LOWVRAM_CACHE), so that a second evaluation takes about half the time.
     """
 
     run: str = field(metadata=_help("the run folder that training wrote"))
@@ -57,12 +58,13 @@ class EvaluateOptions:
 
 def main(options: EvaluateOptions) -> None:
     """Evaluate a run. Raises LowVRAMError for what is missing or unknown."""
+    from lowvram import pages
     from lowvram.run import Run
     from lowvram.tasks import load_run
 
     folder = Path(options.run).expanduser()
-    checkpoint = Run.open(folder).find_checkpoint(options.checkpoint).name
-    step = int(checkpoint.removeprefix("step-"))
+    checkpoint = Run.open(folder).find_checkpoint(options.checkpoint)
+    step = int(checkpoint.name.removeprefix("step-"))
     task = load_run(folder, checkpoint=str(step), device=options.device)
     metrics = [word.strip() for word in options.metrics.split(",") if word.strip()]
     result = evaluate(
@@ -85,9 +87,12 @@ def main(options: EvaluateOptions) -> None:
     )
     print(result.table())
     asked = {name: getattr(options, name) for name in ("seed", "truncation", "noise", "checkpoint", *_DIFFUSION)}
-    record = {"run": str(folder), "step": step, **asked, **result.as_dict()}
+    kimg = json.loads((checkpoint / "state.json").read_text())["images_seen"] / 1000
+    record = {"run": str(folder), "step": step, "kimg": kimg, **asked, **result.as_dict()}
     name = f"evaluation-{step:08d}-n{options.n}-seed{options.seed}-truncation{options.truncation:g}.json"
     print(f"lowvram: wrote {_write(folder / 'metrics', name, record)}")
+    with contextlib.suppress(OSError):  # the numbers are safe; the page comes with `lowvram.report`, too
+        print(f"lowvram: wrote {pages.write(folder)}")
 
 
 def evaluate(

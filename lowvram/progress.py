@@ -63,8 +63,8 @@ class Progress:
         if self._bar is not None:
             self._bar.update(images_seen / 1000 - self._bar.n)
 
-    def show(self, values: dict[str, Any], *, on_gpu: bool) -> None:
-        """Show the values of a log interval."""
+    def show(self, values: dict[str, Any], cost: str, *, on_gpu: bool) -> None:
+        """Show the values of a log interval. cost: up to now, in words."""
         losses = " ".join(f"{k.removeprefix('loss/')} {v:.3f}" for k, v in values.items() if k.startswith("loss/"))
         memory = f"{values['peak_allocated_bytes'] / 2**30:.2f}"
         if on_gpu:
@@ -73,7 +73,7 @@ class Progress:
         else:
             memory = f"RSS {memory} GiB"
         p = f" p {values['augment_p']:.3f}" if "augment_p" in values else ""
-        text = f"{values['s_per_kimg']:.1f} s/kimg, {losses}{p}, {memory}"
+        text = f"{values['s_per_kimg']:.1f} s/kimg, {losses}{p}, {memory}, {cost}"
         if self._bar is not None and not self._bar.disable:
             self._bar.set_postfix_str(text)
         elif self._bar is not None and not self.quiet:
@@ -111,7 +111,8 @@ class Trackers:
     def log(self, values: dict[str, Any]) -> None:
         """Send a line of metrics."""
         if self._tracker is not None:
-            self._tracker.log({k: v for k, v in values.items() if k != "step"}, step=values["step"])
+            numbers = {k: v for k, v in values.items() if k != "step" and not isinstance(v, str)}
+            self._tracker.log(numbers, step=values["step"])
 
     def finish(self) -> None:
         """Flush and close."""

@@ -11,7 +11,7 @@ from lowvram.run import Run, newest
 from lowvram.settings import Settings
 
 # Settings of the invocation: they may differ from the saved ones without a word.
-_INVOCATION = ("out", "resume", "device", "debug", "recipe")
+INVOCATION = ("out", "resume", "device", "debug", "recipe", "price", "electricity", "carbon", "contributor")
 
 
 @dataclass(kw_only=True)
@@ -41,15 +41,45 @@ def find_start(settings: Settings) -> Start:
     return _from_path(Path(settings.resume).expanduser(), settings)
 
 
-def _from_path(path: Path, settings: Settings) -> Start:
+def named_run(settings: dict[str, str]) -> Run | None:
+    """The run that `resume` names, or `out` with resume=auto, of the settings as typed; None: neither does.
+
+    Raises:
+        LowVRAMError: `resume` names something else.
+    """
+    resume, out = settings.get("resume"), settings.get("out")
+    if resume not in (None, "auto", "null"):
+        return run_at(Path(resume).expanduser())[0]
+    folder = None if resume != "auto" or out is None else Path(out).expanduser()
+    return Run.open(folder) if folder is not None and (folder / "recipe.yaml").is_file() else None
+
+
+def run_at(path: Path) -> tuple[Run, Path | None]:
+    """The run in a folder, or the one that a checkpoint is in, and that checkpoint.
+
+    Raises:
+        LowVRAMError: it is neither.
+    """
     if not path.is_dir():
         raise LowVRAMError(f"resume={path} is not a folder.", "Give a run folder, one of its checkpoints, or auto.")
-    is_run = (path / "recipe.yaml").is_file()
-    saved = Run.open(path if is_run else path.parent.parent)
-    found = saved.find_checkpoint() if is_run else path
+    if (path / "recipe.yaml").is_file():
+        return Run.open(path), None
+    home = path.resolve().parent.parent
+    if not (home / "recipe.yaml").is_file():
+        raise LowVRAMError(
+            f"resume={path} is neither a run nor a checkpoint in one.",
+            "Give a folder with a recipe.yaml, RUN/checkpoints/step-..., or auto.",
+        )
+    return Run.open(home), path
+
+
+def _from_path(path: Path, settings: Settings) -> Start:
+    saved, found = run_at(path)
     if settings.out is None or Path(settings.out).expanduser().resolve() == saved.folder.resolve():
         return _continue(saved, found, settings)
+    found = found or saved.find_checkpoint()
     merged, messages = merge(saved.settings, settings)
+    _check_here(merged)
     run = Run.new(merged)
     return Start(run=run, checkpoint=found, messages=[f"going on from {found} in {run.folder}", *messages])
 
@@ -57,11 +87,33 @@ def _from_path(path: Path, settings: Settings) -> Start:
 def _continue(saved: Run, found: Path | None, settings: Settings) -> Start:
     found = found or checkpoint.latest_good(saved.checkpoints)
     merged, messages = merge(saved.settings, settings)
+    _check_here(merged)
     if found is None:
         messages.append(f"{saved.folder} has no good checkpoint yet; starting it from the beginning")
     else:
         messages.append(f"resuming {found}")
     return Start(run=Run(saved.folder, merged), checkpoint=found, messages=messages)
+
+
+def _check_here(settings: Settings) -> None:
+    """Raise LowVRAMError where what the run was begun with is not on this machine, and no other place is named."""
+    paths = {"data.path": settings.data.path, "data.masks": settings.data.masks}
+    if settings.task == "stable_diffusion":  # of others the checkpoints hold all that is needed
+        paths["weights"] = settings.weights
+    for name, path in paths.items():
+        if path in (None, "alpha", "random") or name in settings.overrides or _exists(path):
+            continue
+        raise LowVRAMError(
+            f"{name}={path}, which the run was begun with, is not on this machine.",
+            f"Add {name}=... with its place here: with a copy the run goes on as if nothing had happened.",
+        )
+
+
+def _exists(path: str) -> bool:
+    try:
+        return Path(path).expanduser().exists()
+    except (OSError, RuntimeError):  # a name that no file can have, or a home that is not there
+        return False
 
 
 def merge(saved: Settings, given: Settings) -> tuple[Settings, list[str]]:
@@ -70,9 +122,9 @@ def merge(saved: Settings, given: Settings) -> tuple[Settings, list[str]]:
     messages = []
     for name, (old, new) in differences(saved, given).items():
         by_name = name in given.overrides
-        if name in _INVOCATION or by_name:
+        if name in INVOCATION or by_name:
             _set(values, name, new)
-        if name in _INVOCATION:
+        if name in INVOCATION:
             continue
         if by_name:
             messages.append(f"{name}: {old} in the saved recipe, now {new}, as named")

@@ -2,6 +2,7 @@
 
 recipe.yaml          the settings, complete
 metrics.jsonl        one JSON object a line
+receipt.json         what it took, and on whose machines (see lowvram.receipt.ledger)
 plan.json, plan.png  how the training was made to fit the card, where it was planned
 reals.png            images of the data set
 fakes_000000.png     samples, named by the thousands of images seen
@@ -125,7 +126,7 @@ class Run:
         _write_whole(path, "".join(kept))
 
     def grid_path(self, images_seen: int) -> Path:
-        """Where a sample grid goes: fakes_KIMG.png, with the images spelled out where kimg is not whole."""
+        """Where a sample grid goes: fakes_KIMG.png, by the nearest kimg; a later one of the same kimg takes its place."""
         return self.folder / f"fakes_{round(images_seen / 1000):06d}.png"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -16,6 +16,8 @@ from lowvram.errors import LowVRAMError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from lowvram.marks.mark import Mark
 
 Result = TypeVar("Result")
 
@@ -40,7 +42,9 @@ class SampleOptions:
     base: str | None = field(
         default=None, metadata=_help("Stable Diffusion: the weights that a LoRA, a word or a run stands on")
     )
-    scale: float | None = field(default=None, metadata=_help("with weights: how much a LoRA counts (1)"))
+    scale: str | None = field(
+        default=None, metadata=_help("with weights: how much a LoRA counts (1); for several 0.8|0.5, in their order")
+    )
     predict: str | None = field(
         default=None, metadata=_help("with weights: what a Stable Diffusion 2.x predicts, eps or v (as its file says)")
     )
@@ -71,9 +75,26 @@ class SampleOptions:
     device: str = field(default="auto", metadata=_help("auto, cpu, cuda or cuda:N"))
     micro_batch: int | None = field(default=None, metadata=_help("images at a time (as the run's memory allows)"))
     interpolate: bool = field(default=False, metadata=_help("write a looping walk through the latent space"))
-    format: str = field(default="webp", metadata=_help("of the animation: webp or mp4"))
+    format: str | None = field(
+        default=None, metadata=_help("of images png, jpg or webp (png); of the animation webp or mp4 (webp)")
+    )
+    quality: int | None = field(default=None, metadata=_help("of jpg (95) and webp (95, the animation 90): 1 to 100"))
     seconds: float = field(default=8.0, metadata=_help("length of the animation"))
     fps: int = field(default=24, metadata=_help("frames a second"))
+    mark: bool | None = field(
+        default=None,
+        metadata=_help(
+            "false: files say nothing of where they come from; true: recipe, checkpoint, seed and that a model made "
+            "them, but no prompt (as the run says: true)"
+        ),
+    )
+    watermark: bool | None = field(
+        default=None, metadata=_help("also an invisible mark in the pixels, 256x256 or more (as the run says: false)")
+    )
+    certificate: str | None = field(
+        default=None, metadata=_help("also sign each file (C2PA) with your own PEM certificate chain (as the run says)")
+    )
+    key: str | None = field(default=None, metadata=_help("the certificate's key, as PEM"))
 
     def __post_init__(self) -> None:
         if (self.run is None) == (self.weights is None):
@@ -95,31 +116,47 @@ class SampleOptions:
             raise LowVRAMError(f"truncation={self.truncation} is out of range.", "Use a value from 0 to 1.")
         if self.noise not in (None, "const", "random", "none"):
             raise LowVRAMError(f"noise={self.noise} is not known.", "Use one of const, random, none.")
-        if self.format not in ("webp", "mp4"):
-            raise LowVRAMError(f"format={self.format} is not known.", "Use one of webp, mp4.")
+        known = ("webp", "mp4") if self.interpolate else ("png", "jpg", "webp")
+        if self.format is not None and self.format not in known:
+            what = "with interpolate=true " if self.interpolate else ""
+            raise LowVRAMError(f"format={self.format} {what}is not known.", f"Use one of {', '.join(known)}.")
+        if self.quality is not None and not 1 <= self.quality <= 100:
+            raise LowVRAMError(f"quality={self.quality} is out of range.", "Use a value from 1 to 100.")
+        if (self.certificate is None) != (self.key is None):
+            raise LowVRAMError(
+                f"certificate={self.certificate} and key={self.key}: a signature needs both.",
+                "Give certificate=chain.pem key=key.pem.",
+            )
+        if self.mark is False and (self.watermark or self.certificate is not None):
+            raise LowVRAMError("mark=false stands against a watermark or a certificate.", "Leave one of them out.")
+        if self.quality is not None and self.format in ((None, "png"), ("mp4",))[self.interpolate]:
+            raise LowVRAMError(f"quality={self.quality} is for jpg and webp.", "Leave it out, or add format=jpg.")
 
 
 def main(options: SampleOptions) -> None:
     """Sample a run. Raises LowVRAMError for what is missing, unknown or in the way."""
+    from lowvram.run import Run
     from lowvram.tasks import load_run, load_weights
 
     _check_out(options.out)
     with ExitStack() as stack:
         place = _place(options, stack)
         if options.weights is not None:
-            run = Path("outputs") / Path(options.weights.split("|")[0]).stem
+            run, found = Path("outputs") / Path(options.weights.split("|")[0]).stem, None
             task = load_weights(
                 options.weights,
                 device=options.device,
                 base=options.base,
-                scale=1.0 if options.scale is None else options.scale,
+                scale=options.scale,
                 predict=options.predict,
                 place=place,
             )
         else:
             run = Path(options.run or "").expanduser()
-            task = load_run(run, checkpoint=options.checkpoint, device=options.device, base=options.base, place=place)
-        path = _written(options, task, run)
+            found = Run.open(run).find_checkpoint(options.checkpoint)
+            step = found.name.removeprefix("step-")
+            task = load_run(run, checkpoint=step, device=options.device, base=options.base, place=place)
+        path = _written(options, task, run, _mark(options, task, found))
     print(f"lowvram: wrote {path}")
 
 
@@ -141,11 +178,36 @@ def _place(options: SampleOptions, stack: ExitStack) -> Callable[[Any, Any], Any
     return partial(place_within, capped, stack)
 
 
-def _written(options: SampleOptions, task: Any, run: Path) -> str:
+def _mark(options: SampleOptions, task: Any, checkpoint: Path | None) -> Mark | None:
+    """What the files say of where they come from: as the options have it, or else the run. checkpoint: of a run."""
+    from lowvram.marks.mark import make_mark
+    from lowvram.marks.origin import COMPOSITE
+    from lowvram.marks.runs import origin_of_run, origin_of_weights
+    from lowvram.settings.base import MarkSettings
+
+    saved = MarkSettings() if checkpoint is None else task.settings.mark
+    if options.mark is False:  # also of a run that was trained to sign: that is what off means
+        saved = MarkSettings(enabled=False)
+    elif options.mark:
+        saved = replace(saved, enabled=True)
+    named = {"watermark": options.watermark, "certificate": options.certificate, "key": options.key}
+    settings = replace(saved, **{name: value for name, value in named.items() if value is not None})
+    if not settings.enabled:
+        return None
+    if checkpoint is not None:
+        origin = origin_of_run(task.settings, task.sampling_networks, checkpoint)
+    else:
+        origin = origin_of_weights((options.weights or "").split("|"), options.base)
+    if options.init is not None:
+        origin = replace(origin, source=COMPOSITE)
+    return make_mark(settings, replace(origin, seed=options.seed))
+
+
+def _written(options: SampleOptions, task: Any, run: Path, mark: Mark | None) -> str:
     chosen = named_options(options, task)
     write = animate if options.interpolate else images
     try:
-        return write(options, task, run, chosen)
+        return write(options, task, run, chosen, mark)
     except OSError as error:
         raise LowVRAMError(
             f"the samples can't be written: {error}", "Free some space, or choose another out=FOLDER."
@@ -216,17 +278,22 @@ def _pictures(options: SampleOptions, task: Any) -> dict[str, Any]:
     return read
 
 
-def images(options: SampleOptions, task: Any, run: Path, chosen: dict[str, Any]) -> str:
+def images(options: SampleOptions, task: Any, run: Path, chosen: dict[str, Any], mark: Mark | None = None) -> str:
     """Write n images, each as it is made, and a grid of as many as fit. Returns what was written, in words."""
     import torch
 
     from lowvram.bars import bar
-    from lowvram.sampling.grids import save_grid, save_png
+    from lowvram.sampling.grids import QUALITY, save_grid, save_image
 
     n = 16 if options.n is None else options.n
     digits = max(5, len(str(n - 1)))
-    names = [f"seed{options.seed:04d}_{i:0{digits}d}.png" for i in range(n)]
+    format = options.format or "png"
+    how: dict[str, Any] = {"format": format, "quality": options.quality or QUALITY}
+    names = [f"seed{options.seed:04d}_{i:0{digits}d}.{format}" for i in range(n)]
+    grid = f"grid.{format}"
     resolution = task.settings.resolution
+    if mark is not None:
+        mark.check(*chosen.get("size", (resolution, resolution)))
     most = max(1, _GRID_PIXELS // resolution) ** 2
     shown: list[Tensor] = []
     batches = sample_batches(
@@ -238,24 +305,24 @@ def images(options: SampleOptions, task: Any, run: Path, chosen: dict[str, Any])
         **chosen,
     )
     first = next(batches)  # before the folder is made, so that a refused option leaves nothing behind
-    out = _make_out(options.out, run, [*names, "grid.png"])
+    out = _make_out(options.out, run, [*names, grid])
     done = 0
     with bar(n, "samples", "img") as progress:
         for batch in _chain(first, batches):
             for image in batch:
-                save_png(image, out / names[done])
+                save_image(image, out / names[done], mark=mark and mark.of(index=done), **how)
                 done += 1
             shown.append(batch[: max(0, most - (done - len(batch)))])
             progress.update(len(batch))
-    save_grid(torch.cat(shown), out / "grid.png")
+    save_grid(torch.cat(shown), out / grid, mark=mark and mark.of(images=min(n, most)), **how)
     limited = f" (the first {most:,})" if n > most else ""
-    return f"{n:,} images and grid.png{limited} to {out}"
+    return f"{n:,} images and {grid}{limited} to {out}"
 
 
-def animate(options: SampleOptions, task: Any, run: Path, chosen: dict[str, Any]) -> str:
+def animate(options: SampleOptions, task: Any, run: Path, chosen: dict[str, Any], mark: Mark | None = None) -> str:
     """Write a looping walk. Returns what was written, in words."""
     from lowvram.bars import bar
-    from lowvram.sampling.animation import check_animation, save_animation
+    from lowvram.sampling.animation import QUALITY, check_animation, save_animation
     from lowvram.sampling.grids import grid_shape
 
     resolution = task.settings.resolution
@@ -263,7 +330,11 @@ def animate(options: SampleOptions, task: Any, run: Path, chosen: dict[str, Any]
     keyframes = max(2, round(options.seconds))  # a new face each second
     per_keyframe = max(1, round(options.seconds * options.fps / keyframes))
     total = keyframes * per_keyframe
-    check_animation(options.format, total, rows * resolution, cols * resolution)
+    format = options.format or "webp"
+    check_animation(format, total, rows * resolution, cols * resolution)
+    if mark is not None:
+        mark = mark.of(images=rows * cols)
+        mark.check(cols * resolution, rows * resolution)
     frames = all_frames(
         task,
         options.seed,
@@ -275,10 +346,11 @@ def animate(options: SampleOptions, task: Any, run: Path, chosen: dict[str, Any]
         cols=cols,
         **chosen,
     )
-    name = f"interpolation_seed{options.seed:04d}.{options.format}"
+    name = f"interpolation_seed{options.seed:04d}.{format}"
     out = _make_out(options.out, run, [name])
     with bar(total, "frames", "frame") as progress:
-        save_animation(_counted(frames, progress), out / name, format=options.format, fps=total / options.seconds)
+        how: dict[str, Any] = {"format": format, "quality": options.quality or QUALITY, "mark": mark}
+        save_animation(_counted(frames, progress), out / name, fps=total / options.seconds, **how)
     return f"{total} frames of {rows}x{cols} walks, {options.seconds:g} s, to {out / name}"
 
 

@@ -1,7 +1,7 @@
 """The one training loop, for every task: phases, micro-batches, accumulation, resume, signals, metrics, snapshots."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
@@ -14,9 +14,10 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
 from lowvram import checkpoint as checkpoints
-from lowvram import rng
+from lowvram import pages, rng
 from lowvram.data import Batch, Loader
 from lowvram.errors import LowVRAMError
+from lowvram.marks.runs import check_grid, data_mark, run_mark
 from lowvram.memory.guard import Meter, PhaseCost, cap, in_gb
 from lowvram.memory.recovery import free_memory
 from lowvram.memory.rescue import Rescue
@@ -25,6 +26,7 @@ from lowvram.phase import Phase
 from lowvram.planner import picture
 from lowvram.planner.training import apply_to, choose
 from lowvram.progress import Progress, Trackers, estimate_cpu_cost
+from lowvram.receipt.machine import open_account
 from lowvram.resume import Start, find_start
 from lowvram.sampling.grids import save_grid
 from lowvram.settings import Settings, parse_bytes
@@ -76,13 +78,23 @@ class Trainer:
         self.run, self.recipe = start.run, start.run.settings
         self.step, self.images_seen = 0, 0
         self.seconds = 0.0  # of training, over all sessions of the run
+        self._saved_receipt: Any = None
+        self._stands_on: Path | None = None
         self.interrupted = False
         self.meter = Meter(self.device, synchronize=synchronize)
         self.stop_request = StopRequest(self.progress.say)
         for message in start.messages:
             self.progress.say(message)
+        self.account = open_account(
+            self.recipe, self.device, self.accelerator, say=self.progress.say, total=self._sum_of_numbers
+        )
+        with self.account.measuring():
+            self._build(start)
 
+    def _build(self, start: Start) -> None:
+        """Make all that training needs, and then the folder."""
         Trackers.check(self.recipe)
+        check_grid(self.recipe)
         vram_bytes = None if self.recipe.vram is None else parse_bytes("vram", self.recipe.vram)
         self.cap = cap(vram_bytes, self.device)
         for message in self.cap.messages:
@@ -111,6 +123,7 @@ class Trainer:
             self.task.write_beside(self.run.folder)
             self.run.drop_metrics_after(self.step)
             self._save_plan()
+            self.account.open(self.run.folder, self._saved_receipt, self.images_seen)
         self.trackers = Trackers(self.recipe, self.run) if self.rank == 0 else None
 
     def _train_earlier(self) -> None:
@@ -120,10 +133,12 @@ class Trainer:
         if earlier is None:
             return
         self.progress.say(f"{self.recipe.recipe} stands on {earlier.recipe}, of which no run is done: that one first")
-        first = Trainer(earlier, quiet=self.quiet)
-        first.fit()
+        with self.account.paused():
+            first = Trainer(earlier, quiet=self.quiet)
+            first.fit()
         if first.interrupted:
             raise KeyboardInterrupt(f"the same command goes on with {first.run.folder}")
+        self._stands_on = first.run.folder
         del first
         free_memory(self.device)
 
@@ -145,7 +160,16 @@ class Trainer:
         if self.images_seen >= total_images:
             self.progress.say(f"{self.run.folder} has its {self.recipe.kimg:g} kimg already; kimg=... trains longer")
             return
+        with self.account.training(lambda: self.images_seen):
+            yield from self._train(total_images)
+        if self.trackers is not None:
+            self.trackers.finish()
+        self.progress.say(f"{'stopped and saved' if self.interrupted else 'done'}: {self.run.folder}")
+        self.account.say_all(self._stands_on)
+
+    def _train(self, total_images: int) -> Iterator[StepResult]:
         self._greet()
+        self.account.begin(self.images_seen)
         self.interrupted = False
         batches = self.loader.iterate(self.images_seen)
         losses: dict[str, list[float]] = {}
@@ -164,11 +188,11 @@ class Trainer:
                     self._log(losses, seconds, self.images_seen - tick_images)
                     losses, tick_seconds, tick_images = {}, time.perf_counter(), self.images_seen
                 if last or self._crossed(before, self.recipe.snapshot_kimg):
-                    self.save(final=last)
+                    with self.stop_request.saving():
+                        self.save(final=last)
                 yield result
-        if self.trackers is not None:
-            self.trackers.finish()
-        self.progress.say(f"{'stopped and saved' if self.interrupted else 'done'}: {self.run.folder}")
+            self.account.renew(self.images_seen)  # with the last save
+            self.account.write()
 
     def train_step(self, batch: Batch) -> StepResult:
         """Run each phase that is due once, over the whole batch."""
@@ -230,33 +254,37 @@ class Trainer:
         return self.rescue.in_slices(some, min(n, asked or self.recipe.batch))
 
     def save(self, *, final: bool = False) -> Path | None:
-        """Write a sample grid and a checkpoint. A full disk loses neither the run nor older checkpoints.
+        """Write a checkpoint and a sample grid. A full disk loses neither the run nor older checkpoints.
 
         Raises:
             LowVRAMError: the disk is full and `final` leaves no later chance.
         """
         states = gather_object([rng.states(self.device)])
+        self.account.renew(self.images_seen)
         content = self.rescue.again("saving", lambda: self._checkpoint(states))
-        path = None
+        path, what = None, "checkpoint"
         if self.rank == 0:
             try:
-                self.save_samples()
                 write = partial(checkpoints.write, self.run.checkpoints, self.step, content, keep=self.recipe.keep)
                 path = self.rescue.again("saving", write)
+                what = "sample grid"
+                self.save_samples(path)  # after it, for the grid names what it was made by
             except OSError as error:
-                problem = f"the checkpoint of step {self.step} could not be written to {self.run.folder}: {error}"
+                problem = f"the {what} of step {self.step} could not be written to {self.run.folder}: {error}"
                 if final:
                     raise LowVRAMError(
                         problem, "Older checkpoints are whole. Free some space, then resume=auto."
                     ) from error
                 self.progress.say(f"{problem}. Training goes on; older checkpoints are whole. Free some space.")
+            pages.while_training(self.run.folder, self.task.dataset(), running=not final, say=self.progress.say)
         self.accelerator.wait_for_everyone()
         return path
 
-    def save_samples(self) -> None:
-        """Write fakes_KIMG.png, the same latents each time."""
+    def save_samples(self, checkpoint: Path | None = None) -> None:
+        """Write fakes_KIMG.png, the same latents each time. checkpoint: the one that was written of these weights."""
         images = self.sample(self.recipe.grid, seed=self.recipe.seed)
-        save_grid(images, self.run.grid_path(self.images_seen))
+        mark = run_mark(self.recipe, self.task.sampling_networks, checkpoint, len(images))
+        save_grid(images, self.run.grid_path(self.images_seen), mark=mark)
 
     def _checkpoint(self, rng_states: list[dict[str, Any]]) -> checkpoints.Checkpoint:
         self.applied.settle()
@@ -266,7 +294,8 @@ class Trainer:
             "step": self.step,
             "images_seen": self.images_seen,
             "seconds": self.seconds,
-            "dataset": {"name": self.task.dataset().name, "fingerprint": self.task.dataset().fingerprint},
+            "dataset": {"name": self.task.dataset().name, "contents": self.task.dataset().contents},
+            "receipt": self.account.receipt().plain(),
             "optimizers": {},
             "rng": [],
         }
@@ -291,14 +320,17 @@ class Trainer:
         self.task.load_tensors(saved.tensors["task"])
         self.step, self.images_seen = saved.numbers["step"], saved.numbers["images_seen"]
         self.seconds = saved.numbers["seconds"]
+        self._saved_receipt = saved.numbers.get("receipt")
         if len(saved.numbers["rng"]) > self.rank:
             rng.restore(
                 {"tensors": saved.tensors[f"rng_{self.rank}"], "numbers": saved.numbers["rng"][self.rank]}, self.device
             )
-        if saved.numbers["dataset"]["fingerprint"] != self.task.dataset().fingerprint:
-            was = saved.numbers["dataset"]["name"]
+        was = saved.numbers["dataset"]
+        images = self.task.dataset()
+        same = was["contents"] == images.contents if "contents" in was else was["fingerprint"] == images.fingerprint
+        if not same:
             self.progress.say(
-                f"the data set is not the one the run was begun with ({was}); its order starts anew from here"
+                f"the data set is not the one the run was begun with ({was['name']}); its order starts anew from here"
             )
 
     # Around a step.
@@ -321,7 +353,8 @@ class Trainer:
         self.progress.say(f"{sizes} parameters on {self.device}; run folder {self.run.folder}")
         if self.images_seen == 0 and self.rank == 0:
             count = min(self.recipe.grid, len(dataset))
-            save_grid(torch.stack([dataset[i] for i in range(count)]), self.run.folder / "reals.png")
+            reals = torch.stack([dataset[i] for i in range(count)])
+            save_grid(reals, self.run.folder / "reals.png", mark=data_mark(self.recipe, count))
             self.save_samples()
         together = self.world_size > 1 and self.recipe.memory.fsdp != "none"  # one process alone would wait for ever
         if self.device.type == "cpu" and self.rank == 0 and not together:
@@ -329,6 +362,7 @@ class Trainer:
 
     def _log(self, losses: dict[str, list[float]], seconds: float, images: int) -> None:
         costs = self.meter.take()
+        self.account.renew(self.images_seen)
         values: dict[str, Any] = {
             "step": self.step,
             "kimg": self.images_seen / 1000,
@@ -350,8 +384,10 @@ class Trainer:
         if self._skipped:
             values["skipped_files"] = len(self._skipped)
         if self.rank == 0:
+            values |= self.account.values()
             self.run.log(values)
-            self.progress.show(values, on_gpu=self.device.type == "cuda")
+            self.account.write()
+            self.progress.show(values, self.account.short(), on_gpu=self.device.type == "cuda")
             if self.trackers is not None:
                 self.trackers.log(values)
 
@@ -437,11 +473,16 @@ class Trainer:
         summed: Tensor = self.accelerator.reduce(value, reduction="sum")
         return summed
 
+    def _sum_of_numbers(self, numbers: Sequence[float]) -> Sequence[float]:
+        if self.world_size == 1:
+            return numbers
+        values = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        summed: list[float] = self._sum_over_processes(values).tolist()
+        return summed
+
     def _agreed(self, flag: bool) -> bool:
         """Whether any process was asked to stop; all of them get the same answer."""
-        if self.world_size == 1:
-            return flag
-        return bool(self._sum_over_processes(torch.tensor(float(flag), device=self.device)) > 0)
+        return self._sum_of_numbers([flag])[0] > 0
 
     def _on_main_process(self, find: Callable[[], Result]) -> Result:
         """Choose, find or make something in one process, and tell the others what it is."""

@@ -1,12 +1,13 @@
 """The schema of benchmarks, and what NVML says of a card (by a library that stands for the driver's)."""
 
-import ctypes
+import sys
 import time
 from pathlib import Path
-from typing import Any
 
+import fake_nvml
 import pytest
 import torch
+from fake_nvml import FakeNvml
 
 from benchmarks import device, record
 from benchmarks.device import DevicePeak, Nvml
@@ -14,53 +15,24 @@ from benchmarks.device import DevicePeak, Nvml
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 
-class Library:
-    """NVML's functions, of a card that takes 250 W; `used` is what the next questions are answered."""
-
-    def __init__(self) -> None:
-        self.used, self.counts_energy, self.asked = [100], True, []
-
-    def nvmlInit_v2(self) -> int:
-        return 0
-
-    def nvmlDeviceGetHandleByIndex_v2(self, index: ctypes.c_uint, handle: Any) -> int:
-        self.asked.append(index.value)
-        return 0 if index.value < 2 else 6
-
-    def nvmlDeviceGetHandleByUUID(self, uuid: ctypes.c_char_p, handle: Any) -> int:
-        self.asked.append(uuid.value)
-        return 0
-
-    def nvmlDeviceGetMemoryInfo(self, handle: Any, memory: Any) -> int:
-        memory._obj.used = self.used.pop(0) if len(self.used) > 1 else self.used[0]
-        return 0
-
-    def nvmlDeviceGetTotalEnergyConsumption(self, handle: Any, millijoules: Any) -> int:
-        millijoules._obj.value = int(time.perf_counter() * 250 * 1e3)
-        return 0 if self.counts_energy else 3
-
-
 @pytest.fixture
-def library(monkeypatch: pytest.MonkeyPatch) -> Library:
-    found = Library()
-    monkeypatch.setattr(device.ctypes, "CDLL", lambda _: found)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    return found
+def library(monkeypatch: pytest.MonkeyPatch) -> FakeNvml:
+    return fake_nvml.install(monkeypatch)
 
 
 @pytest.mark.parametrize(
     ("visible", "index", "asked"),
-    [(None, 1, 1), ("1", 0, 1), ("1,0", 1, 0), ("GPU-1234", 0, b"GPU-1234"), ("0, MIG-56", 1, b"MIG-56")],
+    [(None, 1, 1), ("1", 0, 1), ("1,0", 1, 0), ("GPU-1234", 0, "GPU-1234"), ("0, MIG-56", 1, "MIG-56")],
 )
 def test_the_card_is_the_one_that_cuda_sees(
-    library: Library, monkeypatch: pytest.MonkeyPatch, visible: str | None, index: int, asked: object
+    library: FakeNvml, monkeypatch: pytest.MonkeyPatch, visible: str | None, index: int, asked: object
 ) -> None:
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert Nvml(index).used_bytes() == 100 and library.asked == [asked]
 
 
-def test_the_peak_is_of_the_whole_device_less_what_was_before(library: Library) -> None:
+def test_the_peak_is_of_the_whole_device_less_what_was_before(library: FakeNvml) -> None:
     library.used = [100, 130, 900, 400]
     peak = DevicePeak(CUDA)
     assert peak.by == "NVML"
@@ -77,7 +49,7 @@ def test_off_a_card_nothing_is_looked_at() -> None:
     assert (peak.by, peak.peak_bytes, device.joules(lambda: None, CPU)) == (None, 0, None)
 
 
-def test_energy_is_that_of_a_run(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_energy_is_that_of_a_run(library: FakeNvml, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
     found = device.joules(lambda: time.sleep(0.02), CUDA, least_seconds=0.2)
     assert found == pytest.approx(250 * 0.02, rel=0.5)
@@ -85,13 +57,12 @@ def test_energy_is_that_of_a_run(library: Library, monkeypatch: pytest.MonkeyPat
     assert device.joules(lambda: None, CUDA, least_seconds=0.01) is None
 
 
-def test_no_library_or_no_such_card_is_no_nvml(monkeypatch: pytest.MonkeyPatch, library: Library) -> None:
+def test_no_library_or_no_such_card_is_no_nvml(monkeypatch: pytest.MonkeyPatch, library: FakeNvml) -> None:
     assert device.nvml(torch.device("cuda", 5)) is None
 
-    def missing(_: str) -> None:
-        raise OSError("no such file")
-
-    monkeypatch.setattr(device.ctypes, "CDLL", missing)
+    library.is_there = False
+    assert device.nvml(CUDA) is None
+    monkeypatch.setitem(sys.modules, "pynvml", None)
     assert device.nvml(CUDA) is None
 
 

@@ -1,11 +1,21 @@
 """Recipes, overrides, and what users type wrong."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_module
 
 from lowvram import LowVRAMError, load_recipe
-from lowvram.config import recipe_names, settings_from, settings_values, train_help
+from lowvram.config import (
+    recipe_names,
+    register_settings,
+    settings_from,
+    settings_values,
+    to_settings,
+    train_help,
+)
+from lowvram.resume import INVOCATION
 from lowvram.settings import parse_bytes
 
 
@@ -129,3 +139,24 @@ def test_unknown_recipes_get_the_nearest_names(tmp_path: Path) -> None:
 
 def test_a_micro_batch_above_the_batch_is_the_batch() -> None:
     assert load_recipe("faces256", ["batch=8"]).batch == 8
+
+
+def test_a_recipe_file_sets_nothing_of_hydras(tmp_path: Path) -> None:
+    (tmp_path / "theirs.yaml").write_text(
+        "defaults: [faces32, _self_]\nhydra: {callbacks: {x: {_target_: os.getcwd}}}\n"
+    )
+    with pytest.raises(LowVRAMError, match="sets hydra"):
+        load_recipe(str(tmp_path / "theirs.yaml"))
+
+
+@pytest.mark.parametrize("name", ["faces32", "faces64_vae", "faces64_ldm", "sd15_dreambooth"])
+def test_the_settings_of_a_run_are_a_recipe_too(name: str) -> None:
+    words = ["batch=4", "vram=7GB", "data.path=my photos/a (1).zip", "price=1/h", "out=elsewhere"]
+    saved = load_recipe(name, words)
+    as_recipe = register_settings(saved, without=INVOCATION)
+    with initialize_config_module("lowvram.conf", version_base="1.3"):
+        composed = compose("config", overrides=[f"recipe={as_recipe}", "kimg=3"])
+    again = to_settings(composed, ["kimg=3"], of_run=True)
+    assert (again.kimg, again.price, again.out, again.overrides) == (3, None, None, ["kimg"])
+    as_saved = replace(again, kimg=saved.kimg, price="1/h", out="elsewhere", overrides=saved.overrides)
+    assert as_saved == saved

@@ -36,9 +36,15 @@ NEVER = {
     "adapters": ("tasks", "trainer", "memory", "planner", "models", "objectives", "data"),
     "tasks": ("trainer", "memory", "planner"),
     "trainer": ("models", "objectives"),
+    "receipt": ("tasks", "trainer", "memory", "models", "objectives", "data", "run", "config"),
+    "marks": ("tasks", "trainer", "planner", "memory", "models", "objectives", "data"),
+    "pages": (
+        *("tasks", "trainer", "memory", "models", "objectives"),
+        *("data", "sampling", "metrics", "run", "checkpoint", "resume"),
+    ),
     "phase": ("models", "objectives", "tasks", "memory", "planner"),
 }
-COMMANDS = ("train", "plan", "sample", "evaluate", "convert")
+COMMANDS = ("train", "plan", "sample", "evaluate", "report", "convert", "identify")
 
 
 def imports_of(path: Path) -> set[str]:

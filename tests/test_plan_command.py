@@ -7,11 +7,15 @@ from pathlib import Path
 
 import pytest
 from commands import run
+from example_plans import a_cost, a_plan
 from PIL import Image
 from tiny import TINY
 
+from lowvram import config
 from lowvram import plan as command
+from lowvram.planner import costs, layout, recipe
 from lowvram.planner.plan import Plan
+from lowvram.receipt.rates import Rates
 
 RECIPE = ["recipe=faces32", *TINY, "batch=16"]
 HELD = ["memory.weights.G=device", "memory.weights.D=device", "memory.ema=device"] + [
@@ -88,6 +92,13 @@ def test_what_does_not_fit_ends_with_3(plans: Plans, tmp_path: Path) -> None:
         (["vram=6GB", "allow=[magic]"], "allow=magic is not known", "fd_r1"),
         (["vram=6GB", "memory.weights.G=stream"], "memory.weights.G is named", "memory.weights.D"),
         (["vram=6GB", "processes=two"], "processes=two is not a number", "processes=2"),
+        (["vram=6GB", "price=cheap"], "price=cheap is not understood", "price=0.40/h"),
+        (["vram=6GB", "price=0.40/kWh"], "price=0.40/kWh is not understood", "price=0.40/h"),
+        (["vram=6GB", "price=$1/h", "electricity=1 EUR/kWh"], "two currencies", "the same"),
+        (["vram=6GB", "grid=clean/kWh"], "carbon=clean/kWh is not understood", "400g/kWh"),
+        (["vram=6GB", "costs=maybe"], "costs=maybe is neither true nor false", "costs=true"),
+        (["vram=6GB", "proposal=1"], "proposal=1 is neither true nor false", "proposal=true"),
+        (["vram=6GB", "proposal=true", f"aim={'x' * 1001}"], "aim has 1001 letters", "1000 at most"),
         (["vram=6GB", "processes=3"], "don't divide among 3 processes", "fewer processes"),
         (["vram=6GB", "--card=3070"], "--card=3070 is not understood", "name=value"),
         (["vram=6GB", "bach=8"], "no setting bach", "batch"),
@@ -140,6 +151,49 @@ def test_a_card_of_several(tmp_path: Path) -> None:
     assert plan.phases[0].samples == 8
 
 
+def test_a_proposal_says_what_the_plan_says(plans: Plans, tmp_path: Path) -> None:
+    words = ["vram=6GB", "card=3060", "price=$0.40/h", "grid=50g/kWh", "kimg=25000", *HELD]
+    words += ["loss.path_length_every=0", "augment.mode=none"]
+    words += [f"memory.activations.{name}=keep" for name in ("G", "D", "R1")]
+    aim = "aim=To see, in a week: what is 'enough'?"
+    status, out, said = plans(*RECIPE, *words, "proposal=true", aim, "out=here")
+    assert status == 0, said
+    assert "and proposal.md" in out and "The same training on other cards" in out
+    plan = Plan.load(tmp_path / "here" / "plan.json")
+    assert plan.rates == Rates(per_hour=0.4, per_kwh=0.0, grams_per_kwh=50.0, currency="$")
+    assert plan.money == plan.hours * 0.4 and plan.co2_grams == plan.kwh * 50
+    page = (tmp_path / "here" / "proposal.md").read_text(encoding="utf-8")
+    assert "To see, in a week: what is 'enough'?" in page
+    assert f"| {layout.duration(plan.hours)} | {layout.energy(plan.kwh)} | ${plan.money:.2f} |" in page
+    assert f"cost ${plan.money:.2f}, {layout.co2(plan.co2_grams)}" in out.replace("\n", " ")
+    assert "40 drawn faces" in page
+    quickest = costs.quickest(plan.costs)
+    assert quickest is not None and quickest.card in page
+
+
+def test_what_does_not_fit_is_not_proposed(plans: Plans, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    rows = (a_cost("RTX 2060", fits=False), a_cost("L4"))
+    plan = a_plan(live_bytes=7 * 2**30, reserved_bytes=7 * 2**30, fits=False, costs=rows)
+    monkeypatch.setattr(recipe, "plan_recipe", lambda *_, **__: plan)
+    status, out, _ = plans(*RECIPE, "vram=6GB", "proposal=true", "out=here")
+    assert status == 3
+    assert "There is no proposal" in out and "L4" in out
+    assert sorted(path.name for path in (tmp_path / "here").iterdir()) == ["plan.json", "plan.png"]
+
+
+def test_smaller_images_are_those_of_the_next_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(recipe, "plan_recipe", lambda settings, **where: asked.append((settings, where)))
+    given = config.load_recipe("faces256", config.short_forms(["vram=6GB", "price=$0.40/h", "kimg=1"]))
+    command._smaller(given, "RTX 2060", 2)
+    settings, where = asked[0]
+    assert (settings.recipe, settings.vram, settings.price, settings.kimg) == ("faces128", "6GB", "$0.40/h", 25000)
+    assert where == {"card": "RTX 2060", "processes": 2}
+    for name in ("faces32", "sd15_finetune", "faces256_vae"):
+        assert command._smaller(config.load_recipe(name), "RTX 2060", 1) is None
+    assert len(asked) == 1
+
+
 def test_less_than_one_block(plans: Plans) -> None:
     wide = ["recipe=faces32", "model.channel_base=65536", "model.channel_max=4096"]
     status, _, said = plans(*wide, "vram=0.8GB")
@@ -157,7 +211,7 @@ def test_help(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(sys, "argv", ["lowvram.plan", "--help"])
     command.main()
     said = capsys.readouterr().out
-    for word in ("card=", "allow=", "out=", "Exits with 0"):
+    for word in ("card=", "allow=", "out=", "costs=", "proposal=", "aim=", "price=", "grid=", "Exits with 0"):
         assert word in said
 
 

@@ -50,7 +50,10 @@ def test_multirun_gives_each_job_its_own_folder(tmp_path: Path) -> None:
     ("words", "said"),
     [
         (["recipe=face32"], ["recipe=face32 is not known", "faces32"]),
-        ([], ["No recipe was given", "faces256"]),
+        ([], ["No recipe was given", "faces256", "resume=FOLDER"]),
+        (["resume=nowhere"], ["resume=nowhere is not a folder"]),
+        (["resume=."], ["resume=. is neither a run nor a checkpoint"]),
+        (["resume=auto", "out=nowhere"], ["No recipe was given"]),
         (["recipe=faces32", "batc=8"], ["no setting batc", "batch"]),
         (["recipe=faces32", "--batch=8"], ["--batch=8 is not understood", "name=value"]),
         (["recipe=faces32", "data.path=nowhere.zip"], ["nowhere.zip"]),

@@ -161,11 +161,23 @@ class ImageSet(ABC):
         """The class of image `index`, or -1 without labels."""
         return -1 if self.labels is None else int(self.labels[index])
 
+    def inside(self) -> list[str]:
+        """`identity` without where it is, so that a copy elsewhere has the same."""
+        return self.identity()
+
     @property
     def fingerprint(self) -> str:
         """16 hex digits that stay while the images stay: for caching what was computed from them."""
+        return self._digest(self.identity())
+
+    @property
+    def contents(self) -> str:
+        """As `fingerprint`, of a copy in another place or on another machine too: to know a run's data again."""
+        return self._digest(self.inside())
+
+    def _digest(self, parts: list[str]) -> str:
         digest = hashlib.sha256()
-        for part in [type(self).__name__, str(len(self)), str(self.resolution), *self.identity()]:
+        for part in [type(self).__name__, str(len(self)), str(self.resolution), *parts]:
             digest.update(part.encode("utf-8", "surrogateescape") + b"\0")
         return digest.hexdigest()[:16]
 

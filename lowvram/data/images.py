@@ -210,7 +210,10 @@ class FolderSet(FileSet):
         return [str(_modified(self.path / file)) for file in self.files]
 
     def identity(self) -> list[str]:
-        parts = [str(self.path)]
+        return [str(self.path), *self.inside()]
+
+    def inside(self) -> list[str]:
+        parts = []
         for file in self.files:
             try:
                 size = (self.path / file).stat().st_size
@@ -276,5 +279,8 @@ class ZipSet(FileSet):
         return self._zip().open(file)
 
     def identity(self) -> list[str]:
+        return [str(self.path), *self.inside()]
+
+    def inside(self) -> list[str]:
         archive = self._zip()
-        return [str(self.path), *(f"{file}:{archive.getinfo(file).CRC}" for file in self.files)]
+        return [f"{file}:{archive.getinfo(file).CRC}" for file in self.files]

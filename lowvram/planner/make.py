@@ -12,6 +12,7 @@ from lowvram.planner import calibration, cards, cost
 from lowvram.planner.calibration import Constants
 from lowvram.planner.cards import Card
 from lowvram.planner.compose import Part, highest
+from lowvram.planner.costs import CardCost
 from lowvram.planner.estimate import Estimator, PartCost, choice_of
 from lowvram.planner.options import Fixed, check_allowed
 from lowvram.planner.pieces import Pieces
@@ -19,6 +20,7 @@ from lowvram.planner.plan import Alternative, PhasePlan, Plan, Timeline, setting
 from lowvram.planner.search import Found, Search, Weighed
 from lowvram.planner.subject import Subject
 from lowvram.planner.tracing import Structure
+from lowvram.receipt.rates import Rates
 
 _MOST_BYTES = 192 * 2**30  # no single card has more
 NCCL_BYTES = 200 * 2**20  # its channels' buffers beside a context, by NCCL's defaults for two to eight cards
@@ -40,8 +42,8 @@ class Request:
     build: makes the subject on fake tensors. name, batch, kimg: of the training, all processes together. structure: how
     weights are held, and by how many processes.
     fixed: settings that stay. plain: the policy that settings are told from. changes: of the mathematics, as made.
-    smaller: what would need less memory, if nothing fits. notes: to be said with the plan. proportional, processes: see
-    `pieces.Pieces`.
+    smaller: what would need less memory, if nothing fits. notes: to be said with the plan. rates, published: as in
+    Plan. proportional, processes: see `pieces.Pieces`.
     """
 
     build: Callable[[], Subject]
@@ -54,6 +56,8 @@ class Request:
     changes: tuple[str, ...] = ()
     smaller: str = "a smaller resolution, or narrower networks (model.channel_base)"
     notes: tuple[str, ...] = ()
+    rates: Rates = field(default_factory=Rates)
+    published: tuple[str, ...] = ()
     proportional: bool = True
     processes: int | None = None
 
@@ -95,18 +99,68 @@ def make(request: Request, where: Place, *, allow: Collection[str] = ()) -> Plan
     Raises:
         LowVRAMError: the budget is below the weights of one block, or an allowed change is not known.
     """
-    check_allowed(allow)
-    if request.structure.processes > 1:
-        nccl = where.constants.workspace_bytes + NCCL_BYTES
-        where = replace(where, constants=replace(where.constants, workspace_bytes=nccl))
     with Pieces(request.build, processes=request.processes, proportional=request.proportional) as pieces:
-        search = Search(pieces, request.structure, where.card, where.constants, fixed=request.fixed, allow=allow)
-        _check_processes(search.resident)
-        _check_block(search, where)
+        return make_from(pieces, request, where, allow=allow)
+
+
+def make_from(pieces: Pieces, request: Request, where: Place, *, allow: Collection[str] = ()) -> Plan:
+    """As `make`, of the request's pieces, which stay open."""
+    check_allowed(allow)
+    where = _shared(where, request.structure)
+    search = _search(pieces, request, where, allow)
+    found = search.within(where.budget_bytes)
+    smallest = min(cards.CARDS, key=lambda card: card.vram_bytes)
+    least = search.least(cards.usable_bytes(smallest)) if found.best is not None else found.least
+    return _Author(request, where, search, found, least).plan()
+
+
+def cost_from(pieces: Pieces, request: Request, card: Card, *, allow: Collection[str] = ()) -> CardCost:
+    """What `make_from` would say of another card, all of whose memory may be used: just whether, how fast, how dear."""
+    usable, needed, training = cards.usable_bytes(card), None, None
+    try:
+        where = _shared(place(None, card), request.structure)
+        search = _search(pieces, request, where, allow)
+    except LowVRAMError:  # not a block fits: other mistakes have been found with the card that was asked for
+        pass
+    else:
         found = search.within(where.budget_bytes)
-        smallest = min(cards.CARDS, key=lambda card: card.vram_bytes)
-        least = search.least(cards.usable_bytes(smallest)) if found.best is not None else found.least
-        return _Author(request, where, search, found, least).plan()
+        chosen = found.best or found.least
+        needed = chosen.needed_bytes
+        training = _training(request, where, chosen) if found.best is not None else None
+    return CardCost(
+        card=card.name,
+        fits=training is not None,
+        needed_bytes=needed,
+        usable_bytes=usable,
+        images_per_second=training.images_per_second if training else 0.0,
+        hours=training.hours if training else 0.0,
+        kwh=training.kwh if training else 0.0,
+        changes=request.changes,
+    )
+
+
+def _shared(where: Place, structure: Structure) -> Place:
+    """With what cards need beside that talk to each other."""
+    if structure.processes < 2:
+        return where
+    nccl = where.constants.workspace_bytes + NCCL_BYTES
+    return replace(where, constants=replace(where.constants, workspace_bytes=nccl))
+
+
+def _search(pieces: Pieces, request: Request, where: Place, allow: Collection[str]) -> Search:
+    search = Search(pieces, request.structure, where.card, where.constants, fixed=request.fixed, allow=allow)
+    _check_processes(search.resident)
+    _check_block(search, where)
+    return search
+
+
+def _training(request: Request, where: Place, chosen: Weighed) -> cost.Training:
+    """The whole training under a policy, on all its cards."""
+    seconds, gpu = chosen.candidate.estimator.seconds(chosen.candidate.policy)
+    seconds *= where.constants.time_factor
+    busy = min(1.0, gpu / max(seconds, 1e-12))
+    training = cost.training(seconds, request.batch, request.kimg, where.card, busy=busy)
+    return replace(training, kwh=training.kwh * request.structure.processes)
 
 
 def _check_processes(estimator: Estimator) -> None:
@@ -145,11 +199,7 @@ class _Author:
     def plan(self) -> Plan:
         """The plan."""
         constants, card, replayed = self.where.constants, self.where.card, self.chosen.replayed
-        seconds, gpu = self.estimator.seconds(self.policy)
-        seconds *= constants.time_factor
-        training = cost.training(
-            seconds, self.request.batch, self.request.kimg, card, busy=min(1.0, gpu / max(seconds, 1e-12))
-        )
+        training = _training(self.request, self.where, self.chosen)
         reserved = calibration.needed_bytes(replayed.reserved_bytes, constants)
         reserved -= constants.workspace_bytes + constants.context_bytes
         parts = highest(self.chosen.requests)
@@ -171,7 +221,7 @@ class _Author:
             images_per_second=training.images_per_second,
             kimg=self.request.kimg,
             hours=training.hours,
-            kwh=training.kwh * self.request.structure.processes,
+            kwh=training.kwh,
             processes=self.request.structure.processes,
             host_bytes=self._host_bytes(),
             smallest_card=smallest.name if smallest else None,
@@ -181,6 +231,8 @@ class _Author:
             needs=tuple(self._needs()),
             settings=settings_of(self.policy, self.names, plain=self.request.plain),
             notes=tuple(self._notes()),
+            rates=self.request.rates,
+            published=self.request.published,
             timeline=Timeline.of(self.chosen.requests, replayed.reserved_over_time()),
         )
 

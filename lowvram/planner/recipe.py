@@ -1,6 +1,9 @@
 """A recipe's task as a subject to plan for."""
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -10,13 +13,16 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from lowvram.errors import LowVRAMError
 from lowvram.memory.policy import MemoryPolicy
 from lowvram.phase import MicroBatch, Phase
-from lowvram.planner import cards, make
+from lowvram.planner import cards, make, published
 from lowvram.planner.cards import Card
+from lowvram.planner.costs import CardCost
 from lowvram.planner.options import LOSSES, ROUNDINGS, Fixed, check_allowed
 from lowvram.planner.own import autocast_for
+from lowvram.planner.pieces import Pieces
 from lowvram.planner.plan import Plan
 from lowvram.planner.subject import Subject
 from lowvram.planner.tracing import Structure
+from lowvram.receipt.rates import Rates
 from lowvram.settings import Settings, parse_bytes
 from lowvram.tasks import build_task, task_class
 
@@ -67,10 +73,12 @@ def plan_recipe(
     where: make.Place | None = None,
     allow: Collection[str] = (),
     processes: int = 1,
+    costs: bool = False,
 ) -> Plan:
     """The plan for a recipe within `settings.vram`, on a card (see `make.place`), or in a place that is given whole.
 
     What is allowed is used only if nothing fits without it. processes: that train together, each on such a card.
+    costs: with what the training takes on every card of the table.
 
     Raises:
         LowVRAMError: the budget, the card or an allowed change makes no sense.
@@ -78,12 +86,83 @@ def plan_recipe(
     check_allowed(allow)
     if where is None:
         where = make.place(None if settings.vram is None else parse_bytes("vram", settings.vram), card)
-    plan = make.make(_request(settings, (), where.card, processes), where)
-    for changed, changes in _changed(settings, allow):
-        if plan.fits:
+    with ExitStack() as stack:
+        ways = [_Way(settings, (), (), processes, stack)]
+        for changed, changes in _changed(settings, allow):
+            same = ways[0] if changed is settings else None
+            ways.append(_Way(changed, changes, tuple(allow), processes, stack, same))
+        for way in ways:
+            plan = way.plan(where)
+            if plan.fits:
+                break
+        return replace(plan, costs=tuple(_costs(ways, plan, where))) if costs else plan
+
+
+class _Way:
+    """The recipe, or what it becomes where changes are allowed, with its pieces, which end with the stack."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        changes: tuple[str, ...],
+        allow: tuple[str, ...],
+        processes: int,
+        stack: ExitStack,
+        same: "_Way | None" = None,  # that trains the same, and has the same pieces
+    ) -> None:
+        self.settings, self.changes, self.allow, self.processes = settings, changes, allow, processes
+        self._stack, self._same = stack, same
+
+    @cached_property
+    def pieces(self) -> Pieces:
+        """Of every card that the way is tried on."""
+        return self._same.pieces if self._same else self._stack.enter_context(Pieces(subject_of(self.settings)))
+
+    def request(self, card: Card) -> make.Request:
+        """What to plan for on a card."""
+        return _request(self.settings, self.changes, card, self.processes)
+
+    def plan(self, where: make.Place) -> Plan:
+        """The plan for a place."""
+        return make.make_from(self.pieces, self.request(where.card), where, allow=self.allow)
+
+    def cost(self, card: Card) -> CardCost:
+        """The cost on a card."""
+        return make.cost_from(self.pieces, self.request(card), card, allow=self.allow)
+
+
+def _costs(ways: Sequence[_Way], plan: Plan, where: make.Place) -> Iterator[CardCost]:
+    """The training on the plan's card and on all the others, in the order of the table.
+
+    Cards that record alike are tried one after the other, the plan's kind first: another has the networks built anew.
+    """
+    own = CardCost(
+        card=plan.card,
+        fits=plan.fits,
+        needed_bytes=plan.needed_bytes,
+        usable_bytes=where.budget_bytes,
+        images_per_second=plan.images_per_second if plan.fits else 0.0,
+        hours=plan.hours if plan.fits else 0.0,
+        kwh=plan.kwh if plan.fits else 0.0,
+        changes=plan.changes,
+    )
+    kinds = {card.name: ways[0].request(card).structure for card in (where.card, *cards.CARDS)}
+    order = list(dict.fromkeys(kinds.values()))  # the plan's card's is the first
+    rows = {plan.card: own}
+    for card in sorted(cards.CARDS, key=lambda card: order.index(kinds[card.name])):
+        if card.name not in rows:
+            rows[card.name] = _cost(ways, card)
+    if plan.card not in {card.name for card in cards.CARDS}:
+        yield own
+    yield from (rows[card.name] for card in cards.CARDS)
+
+
+def _cost(ways: Sequence[_Way], card: Card) -> CardCost:
+    for way in ways:
+        row = way.cost(card)
+        if row.fits:
             break
-        plan = make.make(_request(changed, changes, where.card, processes), where, allow=allow)
-    return plan
+    return row
 
 
 def _request(settings: Settings, changes: tuple[str, ...], card: Card, processes: int) -> make.Request:
@@ -107,6 +186,8 @@ def _request(settings: Settings, changes: tuple[str, ...], card: Card, processes
             MemoryPolicy.from_settings(settings, phases=names, precision=precision), settings, names
         ),
         changes=changes,
+        rates=Rates.of(settings.price, settings.electricity, settings.carbon),
+        published=published.figures(settings),
     )
 
 

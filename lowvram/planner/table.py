@@ -3,16 +3,28 @@
 Bytes are shown in GB of 2^30, as `vram=6GB` is meant.
 """
 
-import textwrap
 from collections.abc import Callable, Sequence
 
 from lowvram.memory.guard import in_gb
+from lowvram.planner import cost_table
+from lowvram.planner.layout import (
+    Column,
+    ascii_only,
+    clipped,
+    co2,
+    duration,
+    energy,
+    gb,
+    labelled,
+    laid,
+    money,
+    three,
+    wrapped,
+)
 from lowvram.planner.log import CATEGORIES
 from lowvram.planner.plan import PhasePlan, Plan
 
 _LEAST_WIDTH = 80
-_LABEL = 14  # columns of the words in front: "settings", "smallest card"
-_LONGEST_NAME = 24
 # Headers of a column, line by line; the last one is its unit.
 _CATEGORY_HEADERS = {
     "weights": ("", "weights"),
@@ -27,7 +39,9 @@ _CATEGORY_HEADERS = {
 def text(plan: Plan, width: int = 100) -> str:
     """The whole answer, in lines of at most `width` columns (80 at least)."""
     width = max(_LEAST_WIDTH, width)
-    parts = [_wrapped(headline(plan), width), _said(plan, width), *_phase_tables(plan, width), _sums(plan, width)]
+    parts = [wrapped(headline(plan), width), _said(plan, width), *_phase_tables(plan, width), _sums(plan, width)]
+    if plan.costs:
+        parts.append(cost_table.lines(plan, width))
     if plan.alternatives:
         parts.append(_alternatives(plan, width))
     if plan.notes:
@@ -53,13 +67,14 @@ def title(plan: Plan) -> str:
 
 
 def figures(plan: Plan) -> str:
-    """What follows the title: memory, speed, time and energy, or the smallest budget where it does not fit."""
+    """What follows the title: memory, speed, time and cost, or the smallest budget where it does not fit."""
     if not plan.fits:
         return f"it takes vram={in_gb(plan.smallest_vram_bytes, up=True)} at least"
     budget = "" if plan.vram_bytes is None else f" of {in_gb(plan.vram_bytes)}"
-    speed = f"{_three(plan.images_per_second)} images/s"
-    length = f"{plan.kimg:g} kimg in {_duration(plan.hours)}"
-    return f"{in_gb(plan.needed_bytes)}{budget}, {speed}, {length}, {_energy(plan.kwh)}"
+    speed = f"{three(plan.images_per_second)} images/s"
+    length = f"{plan.kimg:g} kimg in {duration(plan.hours)}"
+    price = f"{energy(plan.kwh)}, cost {money(plan.money, plan.rates.currency)}, {co2(plan.co2_grams)}"
+    return f"{in_gb(plan.needed_bytes)}{budget}, {speed}, {length}, {price}"
 
 
 def peak_phase(plan: Plan) -> PhasePlan | None:
@@ -67,21 +82,20 @@ def peak_phase(plan: Plan) -> PhasePlan | None:
     return max(plan.phases, key=lambda phase: phase.live_bytes, default=None)
 
 
-def ascii_only(said: str) -> str:
-    """Text that any console shows as it is meant, on one line."""
-    return "".join(c if " " <= c <= "~" else "?" for c in said)
-
-
 def _said(plan: Plan, width: int) -> list[str]:
     """What is done, what it changes, and what would have to change."""
     words = " ".join(f"{name}={value}" for name, value in plan.settings.items())
-    lines = _labelled("settings", words or ("nothing: the plain run fits" if plan.fits else "nothing"), width)
+    lines = labelled("settings", words or ("nothing: the plain run fits" if plan.fits else "nothing"), width)
     speed = "measured on this card" if plan.card_measured else "estimated from the card's data sheet"
-    lines += _labelled("speed", speed, width)
+    lines += labelled("speed", speed, width)
+    if plan.fits:
+        lines += labelled("cost", cost_table.of_plan(plan), width)
+        for n, said in enumerate(plan.published):
+            lines += labelled("published" if n == 0 else "", f"- {said}", width)
     if plan.changes:
-        lines += _labelled("changed maths", "; ".join(plan.changes), width)
+        lines += labelled("changed maths", "; ".join(plan.changes), width)
     for n, need in enumerate(plan.needs):
-        lines += _labelled("to make it fit" if n == 0 else "", f"- {need}", width)
+        lines += labelled("to make it fit" if n == 0 else "", f"- {need}", width)
     return lines
 
 
@@ -89,27 +103,27 @@ def _phase_tables(plan: Plan, width: int) -> list[list[str]]:
     """One table; two where it is too wide, the second for the categories."""
     if not plan.phases:
         return []
-    name: _Column = (("", "", "phase"), "<", [_clipped(phase.name) for phase in plan.phases])
-    runs: list[_Column] = [
+    name: Column = (("", "", "phase"), "<", [clipped(phase.name) for phase in plan.phases])
+    runs: list[Column] = [
         (("", "every", "steps"), ">", [str(phase.every) if phase.every else "-" for phase in plan.phases]),
         (("micro-", "batch", "images"), ">", [_micro_batch(phase) for phase in plan.phases]),
-        (("", "activa-", "tions"), "<", [_clipped(phase.activations or "-") for phase in plan.phases]),
+        (("", "activa-", "tions"), "<", [clipped(phase.activations or "-") for phase in plan.phases]),
     ]
-    categories: list[_Column] = [
+    categories: list[Column] = [
         _in_gb_column(*_CATEGORY_HEADERS[category], plan, _of_category(category)) for category in CATEGORIES
     ]
-    ends: list[_Column] = [
+    ends: list[Column] = [
         _in_gb_column("", "live", plan, lambda phase: phase.live_bytes),
         _in_gb_column("re-", "served", plan, lambda phase: phase.reserved_bytes),
-        (("", "time", "s"), ">", [_three(phase.seconds) for phase in plan.phases]),
+        (("", "time", "s"), ">", [three(phase.seconds) for phase in plan.phases]),
     ]
     for gap in ("  ", " "):
-        together = _laid([name, *runs, *categories, *ends], gap)
+        together = laid([name, *runs, *categories, *ends], gap)
         if max(map(len, together)) <= width:
             return [["Peak of each phase, by what holds the memory", *together]]
     return [
-        ["Peak of each phase", *_laid([name, *runs, *ends])],
-        ["What holds the memory there", *_laid([name, *categories])],
+        ["Peak of each phase", *laid([name, *runs, *ends])],
+        ["What holds the memory there", *laid([name, *categories])],
     ]
 
 
@@ -117,47 +131,33 @@ def _of_category(category: str) -> Callable[[PhasePlan], int]:
     return lambda phase: phase.by_category[category]
 
 
-_Column = tuple[tuple[str, ...], str, list[str]]  # header lines, "<" or ">", cells
-
-
-def _in_gb_column(above: str, below: str, plan: Plan, size: Callable[[PhasePlan], int]) -> _Column:
-    return (above, below, "GB"), ">", [_gb(size(phase)) for phase in plan.phases]
-
-
-def _laid(columns: Sequence[_Column], gap: str = "  ") -> list[str]:
-    """Columns beside each other, under their headers and a line."""
-    done = []
-    for headers, side, cells in columns:
-        wide = max(map(len, (*headers, *cells)))
-        done.append([f"{cell:{side}{wide}}" for cell in (*headers, "-" * wide, *cells)])
-    return [gap.join(cells).rstrip() for cells in zip(*done, strict=True)]
+def _in_gb_column(above: str, below: str, plan: Plan, size: Callable[[PhasePlan], int]) -> Column:
+    return (above, below, "GB"), ">", [gb(size(phase)) for phase in plan.phases]
 
 
 def _sums(plan: Plan, width: int) -> list[str]:
     """How the device's memory adds up, where the peak is, and what the smallest card would be."""
     parts = (
-        f"{_gb(plan.reserved_bytes)} reserved ({_gb(plan.live_bytes)} live) + {_gb(plan.workspace_bytes)} workspaces "
-        f"+ {_gb(plan.context_bytes)} CUDA context = {_gb(plan.device_bytes)} GB"
+        f"{gb(plan.reserved_bytes)} reserved ({gb(plan.live_bytes)} live) + {gb(plan.workspace_bytes)} workspaces "
+        f"+ {gb(plan.context_bytes)} CUDA context = {gb(plan.device_bytes)} GB"
     )
-    lines = _labelled("on the device", parts, width)
-    needed = f"+ {_gb(plan.margin_bytes)} margin = {_gb(plan.needed_bytes)} GB"
+    lines = labelled("on the device", parts, width)
+    needed = f"+ {gb(plan.margin_bytes)} margin = {gb(plan.needed_bytes)} GB"
     headroom = plan.headroom_bytes
     if plan.vram_bytes is not None and headroom is not None:
-        left = f"{_gb(headroom)} GB headroom" if headroom >= 0 else f"{_gb(-headroom, up=True)} GB too much"
-        needed += f" of {_gb(plan.vram_bytes)} GB: {left}"
-    lines += _labelled("", needed, width)
+        left = f"{gb(headroom)} GB headroom" if headroom >= 0 else f"{gb(-headroom, up=True)} GB too much"
+        needed += f" of {gb(plan.vram_bytes)} GB: {left}"
+    lines += labelled("", needed, width)
     peak = peak_phase(plan)
     if peak is not None:
         module = f", module {ascii_only(peak.peak_module)}" if peak.peak_module else ""
-        said = (
-            f"{_gb(peak.live_bytes)} GB live in {ascii_only(peak.name)}, at {ascii_only(peak.peak_op) or '?'}{module}"
-        )
-        lines += _labelled("peak", said, width)
+        said = f"{gb(peak.live_bytes)} GB live in {ascii_only(peak.name)}, at {ascii_only(peak.peak_op) or '?'}{module}"
+        lines += labelled("peak", said, width)
     if plan.host_bytes:
-        lines += _labelled("RAM", f"{_gb(plan.host_bytes)} GB of the computer's memory", width)
+        lines += labelled("RAM", f"{gb(plan.host_bytes)} GB of the computer's memory", width)
     smallest = f"vram={in_gb(plan.smallest_vram_bytes, up=True)}"
     card = ascii_only(plan.smallest_card or "")
-    lines += _labelled("smallest card", f"{card}; budget {smallest}" if card else f"none known; {smallest}", width)
+    lines += labelled("smallest card", f"{card}; budget {smallest}" if card else f"none known; {smallest}", width)
     return lines
 
 
@@ -173,33 +173,17 @@ def _alternatives(plan: Plan, width: int) -> list[str]:
         ("-" * wide, "------", "--------", "-" * min(spare - wide, max(12, *(len(a.why) for a in plan.alternatives)))),
     ]
     for other, changed in zip(plan.alternatives, whole, strict=True):
-        whats = _wrapped(changed, wide)
-        whys = _wrapped(other.why, spare - wide)
+        whats = wrapped(changed, wide)
+        whys = wrapped(other.why, spare - wide)
         for n in range(max(len(whats), len(whys))):
             what, why = (part[n] if n < len(part) else "" for part in (whats, whys))
-            sizes = (_gb(other.device_bytes), _three(other.images_per_second)) if n == 0 else ("", "")
+            sizes = (gb(other.device_bytes), three(other.images_per_second)) if n == 0 else ("", "")
             rows.append((what, *sizes, why))
     return [f"{what:<{wide}}  {size:>6}  {speed:>8}  {why}".rstrip() for what, size, speed, why in rows]
 
 
 def _bullets(heading: str, items: Sequence[str], width: int) -> list[str]:
-    return [heading, *(line for item in items for line in _wrapped(f"- {item}", width, "  "))]
-
-
-def _labelled(label: str, said: str, width: int) -> list[str]:
-    """A label, and the text in a column of its own beside it."""
-    lines = _wrapped(said, width - _LABEL - 1)
-    return [f"{label if n == 0 else '':<{_LABEL}} {line}" for n, line in enumerate(lines)]
-
-
-def _wrapped(said: str, width: int, indent: str = "") -> list[str]:
-    """Broken at spaces, so that settings can be copied; within a word only where it has more than a whole line."""
-    return textwrap.wrap(ascii_only(said), width, subsequent_indent=indent, break_on_hyphens=False) or [""]
-
-
-def _clipped(name: str) -> str:
-    name = ascii_only(name)
-    return name if len(name) <= _LONGEST_NAME else name[: _LONGEST_NAME - 2] + ".."
+    return [heading, *(line for item in items for line in wrapped(f"- {item}", width, "  "))]
 
 
 def _micro_batch(phase: PhasePlan) -> str:
@@ -207,31 +191,6 @@ def _micro_batch(phase: PhasePlan) -> str:
     if not phase.micro_batch:
         return "-"
     return f"{min(phase.micro_batch, phase.samples)} x {phase.micro_batches}"
-
-
-def _gb(size_bytes: int, *, up: bool = False) -> str:
-    """Hundredths of 2^30 bytes, without the unit."""
-    hundredths = -(-size_bytes * 100 // 2**30) if up else round(size_bytes * 100 / 2**30)
-    return f"{hundredths / 100:.2f}"
-
-
-def _three(value: float) -> str:
-    """Three digits that count, as far as thousandths."""
-    if value >= 99.95:
-        return f"{value:.0f}"
-    if value >= 9.995:
-        return f"{value:.1f}"
-    return f"{value:.2f}" if value >= 0.9995 else f"{value:.3f}"
-
-
-def _duration(hours: float) -> str:
-    if hours < 1:
-        return f"{60 * hours:.0f} minutes"
-    return f"{hours:.1f} hours" if hours < 48 else f"{hours / 24:.1f} days"
-
-
-def _energy(kwh: float) -> str:
-    return f"{kwh:.1f} kWh" if kwh < 10 else f"{kwh:.0f} kWh"
 
 
 def _article(name: str) -> str:

@@ -10,8 +10,10 @@ from typing import Any
 from torch import Tensor
 
 from lowvram.errors import LowVRAMError
+from lowvram.marks.mark import Mark
 
 FORMATS = ("webp", "mp4")
+QUALITY = 90  # of a WebP
 _WEBP_LARGEST_SIDE = 16383
 # Pillow gathers all frames of a WebP before it writes the first one.
 _WEBP_LARGEST_BYTES = 2 * 2**30
@@ -39,14 +41,30 @@ def check_animation(format: str, frames: int, height: int, width: int) -> None:
         )
 
 
-def save_animation(frames: Iterable[Tensor], path: Path, *, format: str, fps: float) -> None:
+def save_animation(
+    frames: Iterable[Tensor],
+    path: Path,
+    *,
+    format: str,
+    fps: float,
+    quality: int = QUALITY,
+    mark: Mark | None = None,
+) -> None:
     """Write frames, each uint8 [3, H, W], as an endlessly looping WebP or as an MP4.
 
-    Written under a temporary name first. Raises LowVRAMError where imageio is missing, OSError where the disk says no.
+    Written under a temporary name first. quality: of a WebP, 1 to 100. mark: what the file says of where it comes from;
+    a watermark is in each frame. Raises LowVRAMError where imageio is missing, OSError where the disk says no.
     """
     partial = path.with_name(f".{path.stem}.{os.getpid()}.partial.{format}")
+    pixels = (frame.permute(1, 2, 0).contiguous().numpy() for frame in frames)  # [H, W, 3]
+    marked = pixels if mark is None else (mark.pixels(frame) for frame in pixels)
     try:
-        (_save_webp if format == "webp" else _save_mp4)(frames, partial, fps)
+        if format == "webp":
+            _save_webp(marked, partial, fps, quality, {} if mark is None else mark.arguments("webp"))
+        else:
+            _save_mp4(marked, partial, fps)
+        if mark is not None:
+            mark.finish(partial, format)
         partial.replace(path)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -54,23 +72,24 @@ def save_animation(frames: Iterable[Tensor], path: Path, *, format: str, fps: fl
         raise
 
 
-def _save_webp(frames: Iterable[Tensor], path: Path, fps: float) -> None:
+def _save_webp(frames: Iterator[Any], path: Path, fps: float, quality: int, metadata: dict[str, Any]) -> None:
     from PIL import Image
 
-    pictures: Iterator[Any] = (Image.fromarray(f.permute(1, 2, 0).contiguous().numpy()) for f in frames)
+    pictures: Iterator[Any] = map(Image.fromarray, frames)
     first = next(pictures)
     # Durations are whole milliseconds: rounding the running time instead of each frame keeps the length right.
     rest = list(pictures)
     ends = [round((i + 1) * 1000 / fps) for i in range(len(rest) + 1)]
     durations = [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
-    first.save(path, format="WEBP", save_all=True, append_images=rest, duration=durations, loop=0, quality=90, method=4)
+    many = {"save_all": True, "append_images": rest, "duration": durations, "loop": 0}
+    first.save(path, format="WEBP", quality=quality, method=4, **many, **metadata)
 
 
-def _save_mp4(frames: Iterable[Tensor], path: Path, fps: float) -> None:
+def _save_mp4(frames: Iterator[Any], path: Path, fps: float) -> None:
     writer = _imageio().get_writer(path, format="FFMPEG", fps=fps, codec="libx264", quality=8, macro_block_size=2)
     try:
         for frame in frames:
-            writer.append_data(frame.permute(1, 2, 0).contiguous().numpy())
+            writer.append_data(frame)
     finally:
         writer.close()
 

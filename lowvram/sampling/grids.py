@@ -1,14 +1,19 @@
-"""Pictures beside each other in one file."""
+"""Pictures in files, one in each or beside each other in one."""
 
 import contextlib
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lowvram.errors import LowVRAMError
+from lowvram.marks.mark import Mark
+
+FORMATS = ("png", "jpg", "webp")
+QUALITY = 95  # of those that lose something
 
 _BLANK = 255  # white, as paper: an unfinished last row reads as empty
 
@@ -48,24 +53,56 @@ def make_grid(images: Tensor, columns: int | None = None) -> Tensor:
     return cells.reshape(channels, rows * height, columns * width)
 
 
-def save_grid(images: Tensor, path: str | Path, columns: int | None = None) -> None:
-    """Write images [N, C, H, W] (see `make_grid`) as one PNG. Raises OSError where the disk says no."""
-    save_png(make_grid(images, columns), path)
+def save_grid(
+    images: Tensor,
+    path: str | Path,
+    columns: int | None = None,
+    *,
+    format: str = "png",
+    quality: int = QUALITY,
+    mark: Mark | None = None,
+) -> None:
+    """Write images [N, C, H, W] (see `make_grid`) as one picture. The rest is as of `save_image`."""
+    save_image(make_grid(images, columns), path, format=format, quality=quality, mark=mark)
 
 
-def save_png(image: Tensor, path: str | Path) -> None:
-    """Write a uint8 image [3, H, W] or [1, H, W] as PNG, under a temporary name first: no reader sees half a file."""
+def save_png(image: Tensor, path: str | Path, mark: Mark | None = None) -> None:
+    """Write one image as PNG, see `save_image`."""
+    save_image(image, path, mark=mark)
+
+
+def save_image(
+    image: Tensor, path: str | Path, *, format: str = "png", quality: int = QUALITY, mark: Mark | None = None
+) -> None:
+    """Write a uint8 image [3, H, W] or [1, H, W], under a temporary name first: no reader sees half a file.
+
+    format: of FORMATS. quality: of jpg and webp, 1 to 100. mark: what the file says of where the image comes from.
+
+    Raises:
+        OSError: the disk says no. LowVRAMError: the mark can't be made, see `Mark.check`.
+    """
     from PIL import Image
 
     path = Path(path)
     pixels = image.detach().cpu().permute(1, 2, 0)  # [H, W, C]
     if pixels.shape[2] == 1:
         pixels = pixels.squeeze(2)
+    array, arguments = pixels.contiguous().numpy(), _arguments(format, quality)
+    if mark is not None:
+        array, arguments = mark.pixels(array), arguments | mark.arguments(format)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        Image.fromarray(pixels.contiguous().numpy()).save(partial, format="PNG")
+        Image.fromarray(array).save(partial, **arguments)
+        if mark is not None:
+            mark.finish(partial, format)
         partial.replace(path)
     except BaseException:
         with contextlib.suppress(OSError):
             partial.unlink()
         raise
+
+
+def _arguments(format: str, quality: int) -> dict[str, Any]:
+    if format == "png":
+        return {"format": "PNG"}
+    return {"format": {"jpg": "JPEG", "webp": "WEBP"}[format], "quality": quality}

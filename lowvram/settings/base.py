@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
 
 from lowvram.errors import LowVRAMError
+from lowvram.receipt.rates import Rates
 from lowvram.settings.checks import at_least, check_resolution, fraction, one_of, parse_bytes
 
 PRECISIONS = ("auto", "fp32", "fp16", "bf16")
@@ -91,6 +92,27 @@ class MemorySettings:
 
 
 @dataclass(kw_only=True)
+class MarkSettings:
+    """What images that are written carry of where they come from (conf/config.yaml explains each)."""
+
+    enabled: bool = True  # run folders from before there were marks mean these
+    watermark: bool = False
+    certificate: str | None = None
+    key: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.certificate is None) != (self.key is None):
+            raise LowVRAMError(
+                f"mark.certificate={self.certificate} and mark.key={self.key}: a signature needs both.",
+                "Give mark.certificate=chain.pem mark.key=key.pem.",
+            )
+        if not self.enabled and (self.watermark or self.certificate is not None):
+            raise LowVRAMError(
+                "mark.enabled=false stands against a watermark or a certificate.", "Leave one of them out."
+            )
+
+
+@dataclass(kw_only=True)
 class Settings:
     """A whole recipe; made by `load_recipe`. Each task adds its own settings in a class of its own.
 
@@ -119,6 +141,11 @@ class Settings:
     memory: MemorySettings
     kernels: str = "auto"  # run folders from before there was a choice mean this, here and below
     weights: str | None = None
+    price: str | None = None
+    electricity: str | None = None
+    carbon: str | None = None
+    contributor: str = ""
+    mark: MarkSettings = field(default_factory=MarkSettings)
     overrides: list[str] = field(default_factory=list)  # the settings that the user named, in dotted form
 
     def __post_init__(self) -> None:
@@ -137,6 +164,9 @@ class Settings:
             raise LowVRAMError(f"device={self.device} is not known.", "Use auto, cpu, cuda or cuda:N.")
         if self.vram is not None:
             parse_bytes("vram", self.vram)
+        Rates.of(self.price, self.electricity, self.carbon)
+        if len(self.contributor) > 200:
+            raise LowVRAMError(f"contributor has {len(self.contributor)} letters.", "A name has 200 at most.")
         if self.data.buckets and self.task not in ("diffusion", "stable_diffusion"):
             raise LowVRAMError(
                 f"data.buckets=true is for latent diffusion alone, and task={self.task} learns from squares.",

@@ -3,6 +3,7 @@
 from typing import Any
 
 from lowvram.memory.policy import MemoryPolicy
+from lowvram.planner.costs import CardCost
 from lowvram.planner.plan import PhasePlan, Plan
 
 GIB, MIB = 2**30, 2**20
@@ -49,3 +50,16 @@ def a_plan(*phases: PhasePlan, live_bytes: int, reserved_bytes: int, **own: Any)
     }
     values["device_bytes"] = reserved_bytes + values["workspace_bytes"] + values["context_bytes"]
     return Plan(phases=phases, live_bytes=live_bytes, reserved_bytes=reserved_bytes, **values)
+
+
+def a_cost(card: str, *, fits: bool = True, **own: Any) -> CardCost:
+    """What a training takes on a card; own: fields that matter."""
+    values = {
+        "needed_bytes": 5 * GIB,
+        "usable_bytes": 12 * GIB if fits else 4 * GIB,
+        "images_per_second": 20.0 if fits else 0.0,
+        "hours": 300.0 if fits else 0.0,
+        "kwh": 50.0 if fits else 0.0,
+        **own,
+    }
+    return CardCost(card=card, fits=fits, **values)  # type: ignore[arg-type]

@@ -7,13 +7,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from example_plans import GIB, MIB, a_phase, a_plan
+from example_plans import GIB, MIB, a_cost, a_phase, a_plan
 
 from lowvram.config import load_recipe
 from lowvram.errors import LowVRAMError
 from lowvram.memory.policy import MemoryPolicy
 from lowvram.planner.log import ACTIVATIONS, CATEGORIES, TEMPORARY, WEIGHTS, Requests
-from lowvram.planner.plan import JSON_POINTS, Alternative, Plan, Timeline, settings_of
+from lowvram.planner.plan import Alternative, Plan, Timeline, settings_of
+from lowvram.planner.plan_file import JSON_POINTS
+from lowvram.receipt.rates import Rates
 
 PHASES = ("G", "path_length", "D", "R1")
 POLICY = (
@@ -50,6 +52,9 @@ def make_plan(**changes: Any) -> Plan:
         ),
         settings=settings_of(POLICY, PHASES),
         notes=("größer",),
+        rates=Rates(per_hour=0.4, per_kwh=0.1, grams_per_kwh=50.0, currency="€"),
+        published=("41 days on one V100",),
+        costs=(a_cost("H100", hours=20.0, kwh=12.0), a_cost("RTX 3050", fits=False)),
         timeline=Timeline.of(sawtooth(50), np.arange(100, dtype=np.int64)),
     )
     return replace(whole, **changes)
@@ -204,6 +209,26 @@ def test_a_failed_save_leaves_the_old_plan(tmp_path: Path, monkeypatch: pytest.M
     assert (tmp_path / "plan.json").read_bytes() == before
 
 
+def test_a_plan_of_the_version_before_is_read() -> None:
+    """It knew nothing of money: usual rates, and no more is said."""
+    values = json.loads(make_plan().to_json())
+    values["lowvram_plan"] = 2
+    for name in ("rates", "published", "costs", "money", "co2_grams"):
+        del values[name]
+    read = Plan.from_json(json.dumps(values))
+    assert read == replace(make_plan(), rates=Rates(), published=(), costs=())
+    assert read.money == pytest.approx(58.0 * 0.30)
+    values["hours"] = -1
+    with pytest.raises(LowVRAMError, match="hours is not a number"):
+        Plan.from_json(json.dumps(values))
+
+
+def test_the_file_tells_the_sums() -> None:
+    values = json.loads(make_plan().to_json())
+    assert values["money"] == pytest.approx(564 * 0.4 + 58 * 0.1)
+    assert values["co2_grams"] == pytest.approx(58 * 50)
+
+
 HOSTILE: list[tuple[tuple[str | int, ...], Any, str]] = [
     (("lowvram_plan",), 1, "version 1"),
     (("lowvram_plan",), True, "version True"),
@@ -220,6 +245,19 @@ HOSTILE: list[tuple[tuple[str | int, ...], Any, str]] = [
     (("hours",), float("inf"), "hours is not a number"),
     (("hours",), 10**400, "hours is not a number"),
     (("kwh",), "58", "kwh is not a number"),
+    (("kwh",), 59.0, "money is not what its hours"),
+    (("money",), None, "money is not a number"),
+    (("co2_grams",), 1.0, "co2_grams is not what its hours"),
+    (("rates",), [], "rates is not an object"),
+    (("rates", "per_hour"), -0.4, "rates.per_hour is not a number"),
+    (("rates", "per_kwh"), float("nan"), "rates.per_kwh is not a number"),
+    (("rates", "currency"), 3, "rates.currency is not a text"),
+    (("rates", "tip"), 1.0, "rates.tip is not known"),
+    (("published",), "text", "published is not a list"),
+    (("costs", 0, "hours"), -1, r"costs\[0\].hours is not a number"),
+    (("costs", 0, "needed_bytes"), "1GB", r"costs\[0\].needed_bytes is not a whole"),
+    (("costs", 0, "shop"), "x", r"costs\[0\].shop is not known"),
+    (("costs",), [{}], r"costs\[0\].*is missing"),
     (("notes",), "text", "notes is not a list"),
     (("notes",), ["x"] * 5000, "notes is not a list"),
     (("notes", 0), None, r"notes\[0\] is not a text"),

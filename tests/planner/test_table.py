@@ -68,7 +68,8 @@ def test_a_plan_that_fits() -> None:
     said = str(make_plan())
     lines = said.splitlines()
     assert " ".join(lines[:2]).rstrip() == (
-        "faces256 fits vram=6GB on an RTX 2060: 4.94GB of 6GB, 12.3 images/s, 25000 kimg in 23.5 days, 58 kWh"
+        "faces256 fits vram=6GB on an RTX 2060: 4.94GB of 6GB, 12.3 images/s, 25000 kimg in 23.5 days, 58 kWh, "
+        "cost 17.46, 23 kg CO2"
     )
     assert "micro_batch.G=8 memory.activations.G=recompute" in said
     assert " ".join(row(said, "R1")) == "R1 16 8 x 8 keep 0.25 0.12 0.50 0.12 3.00 0.00 4.00 4.25 0.500"
@@ -147,7 +148,11 @@ def test_cards_have_their_article(card: str, named: str) -> None:
 
 @pytest.mark.parametrize(
     ("hours", "kwh", "said"),
-    [(0.5, 0.04, "30 minutes, 0.0 kWh"), (13.25, 2.5, "13.2 hours, 2.5 kWh"), (48, 120.4, "2.0 days, 120 kWh")],
+    [
+        (0.5, 0.04, "30 minutes, 40 Wh, cost 0.012, 16 g CO2"),
+        (13.25, 2.5, "13.2 hours, 2.5 kWh"),
+        (48, 120.4, "2.0 days, 120 kWh, cost 36.12, 48 kg CO2"),
+    ],
 )
 def test_times_and_energies(hours: float, kwh: float, said: str) -> None:
     assert said in table.headline(make_plan(hours=hours, kwh=kwh))

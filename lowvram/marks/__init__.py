@@ -1,0 +1,1 @@
+"""Where an image comes from, written into the file and found again: metadata, an invisible watermark, a signature."""

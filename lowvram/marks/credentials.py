@@ -1,0 +1,164 @@
+"""C2PA content credentials, by c2pa-python (the extra `c2pa`): signed with a certificate of the user's own, offline."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from lowvram.errors import LowVRAMError
+from lowvram.libraries import load
+from lowvram.marks.origin import Origin
+
+_FORMATS = {"png": "image/png", "jpg": "image/jpeg", "webp": "image/webp", "mp4": "video/mp4"}
+_EC = {256: "es256", 384: "es384", 521: "es512"}  # by the bits of the curve
+_REMEDY = 'Install it with pip install "lowvram[c2pa]".'
+# Whatever else a validator may find, these tell of the bytes and of who signed them.
+_UNTRUSTED = "signingCredential.untrusted"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Credentials:
+    """What a file's manifest says, and whether it holds.
+
+    issuer: of the certificate, as it calls itself. faults: what does not hold, by C2PA's codes; empty: the signature is
+    of that certificate, and the file has not changed since. trusted: the certificate is on a trust list that the
+    library was given; without one it never is. source: the IPTC digital source type of the first action that has one.
+    """
+
+    issuer: str
+    tool: str
+    source: str | None
+    faults: tuple[str, ...]
+    trusted: bool
+
+
+def check(certificate: Path, key: Path) -> None:
+    """Raise LowVRAMError unless images can be signed with the certificate and key: a small one is, for a trial."""
+    from PIL import Image
+
+    with TemporaryDirectory() as folder:
+        plain, signed = Path(folder, "plain.png"), Path(folder, "signed.png")
+        Image.new("RGB", (8, 8)).save(plain)
+        sign(plain, signed, format="png", origin=Origin(), certificate=certificate, key=key)
+        found = read(signed)
+    if found is None or found.faults:
+        faults = "nothing is found" if found is None else ", ".join(found.faults)
+        raise _refused(certificate, ValueError(f"what it signs does not hold ({faults})"))
+
+
+def sign(source: Path, to: Path, *, format: str, origin: Origin, certificate: Path, key: Path) -> None:
+    """Write a signed copy of a file. format: png, jpg, webp or mp4. No server is asked for the time.
+
+    Raises:
+        LowVRAMError: the library is missing, or the certificate and key are none that it signs with.
+    """
+    c2pa = _library()
+    made = {
+        "action": "c2pa.created",
+        "digitalSourceType": origin.source,
+        "softwareAgent": {"name": "lowvram", "version": origin.version},
+    }
+    manifest = {
+        "claim_generator_info": [{"name": "lowvram", "version": origin.version}],
+        "assertions": [
+            {"label": "c2pa.actions", "data": {"actions": [made]}},
+            {"label": "lowvram.origin", "data": origin.values()},
+        ],
+    }
+    bare = {"builder": {"thumbnail": {"enabled": False}}}  # which may be larger than the image
+    with _signer(certificate, key) as signer, c2pa.Context.from_dict(bare) as context:
+        try:
+            with (
+                c2pa.Builder(manifest, context) as builder,
+                source.open("rb") as plain,
+                to.open("w+b") as signed,
+            ):
+                builder.sign(signer, _FORMATS[format], plain, signed)
+        except c2pa.C2paError as error:
+            raise _refused(certificate, error) from error
+
+
+def read(path: Path) -> Credentials | None:
+    """The manifest of a file and whether it holds; None where there is none. Nothing is fetched from the network.
+
+    Raises:
+        LowVRAMError: the library is missing.
+        ValueError: there is a manifest that can't be read.
+    """
+    c2pa = _library()
+    offline = {"verify": {"remote_manifest_fetch": False, "ocsp_fetch": False}}
+    try:
+        with c2pa.Context.from_dict(offline) as context, path.open("rb") as file:
+            reader = c2pa.Reader.try_create(None, file, context=context)
+            if reader is None:
+                return None
+            with reader:
+                return _told(json.loads(reader.json()))
+    except c2pa.C2paError as error:
+        if type(error).__name__.endswith("NotSupported"):
+            return None
+        raise ValueError(f"its C2PA manifest can't be read: {str(error)[:200]}") from error
+
+
+def _told(store: dict[str, Any]) -> Credentials:
+    manifest = store.get("manifests", {}).get(store.get("active_manifest", ""), {})
+    status = store.get("validation_status") or []
+    codes = [str(entry.get("code")) for entry in status]
+    actions = [
+        action
+        for assertion in manifest.get("assertions", [])
+        if str(assertion.get("label", "")).startswith("c2pa.actions")
+        for action in assertion.get("data", {}).get("actions", [])
+    ]
+    signature = manifest.get("signature_info", {})
+    generator = (manifest.get("claim_generator_info") or [{}])[0]
+    tool = f"{generator.get('name', manifest.get('claim_generator', ''))} {generator.get('version', '')}".strip()
+    return Credentials(
+        issuer=str(signature.get("issuer") or signature.get("common_name") or "no name"),
+        tool=tool,
+        source=next((str(a["digitalSourceType"]) for a in actions if a.get("digitalSourceType")), None),
+        faults=tuple(dict.fromkeys(code for code in codes if code != _UNTRUSTED)),
+        trusted=store.get("validation_state") == "Trusted",
+    )
+
+
+def _signer(certificate: Path, key: Path) -> Any:
+    c2pa = _library()
+    try:
+        chain, secret = certificate.read_bytes(), key.read_bytes()
+    except OSError as error:
+        raise LowVRAMError(
+            f"the certificate or its key can't be read: {error}.", "Give mark.certificate=chain.pem mark.key=key.pem."
+        ) from error
+    try:
+        return c2pa.Signer.from_info(c2pa.C2paSignerInfo(_algorithm(secret), chain, secret, None))
+    except (c2pa.C2paError, ValueError, TypeError) as error:
+        raise _refused(certificate, error) from error
+
+
+def _algorithm(secret: bytes) -> str:
+    """The C2PA name of what a key signs with (specification 13.2). Raises ValueError, TypeError for others."""
+    load("cryptography", "signing", _REMEDY)
+    from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+    from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+    key = load_pem_private_key(secret, password=None)
+    if isinstance(key, ec.EllipticCurvePrivateKey) and key.curve.key_size in _EC:
+        return _EC[key.curve.key_size]
+    if isinstance(key, rsa.RSAPrivateKey):
+        return "ps256"
+    if isinstance(key, ed25519.Ed25519PrivateKey):
+        return "ed25519"
+    raise ValueError(f"a key of type {type(key).__name__} is none that C2PA knows")
+
+
+def _refused(certificate: Path, error: Exception) -> LowVRAMError:
+    return LowVRAMError(
+        f"images can't be signed with {certificate}: {str(error)[:300]}.",
+        "Give a PEM chain, your own certificate first, for digital signatures, and its key as PEM with no password.",
+    )
+
+
+def _library() -> Any:
+    return load("c2pa", "a C2PA signature", _REMEDY)

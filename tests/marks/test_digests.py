@@ -1,0 +1,38 @@
+"""Hashes of weights are those that sha256sum gives."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+
+from lowvram.marks import digests
+
+
+def sha(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def test_one_file_has_its_own_hash_and_several_that_of_their_list(tmp_path: Path) -> None:
+    (tmp_path / "b.safetensors").write_bytes(b"b")
+    (tmp_path / "a.safetensors").write_bytes(b"a")
+    assert digests.of_files([tmp_path / "b.safetensors"]) == "sha256:" + sha(b"b")
+    listed = f"{sha(b'a')}  a.safetensors\n{sha(b'b')}  b.safetensors\n"
+    both = "sha256:" + sha(listed.encode())
+    assert digests.of_files([tmp_path / "b.safetensors", tmp_path / "a.safetensors"]) == both
+    (tmp_path / "readme.md").write_text("not weights")
+    assert digests.of_files([tmp_path]) == both
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet" / "c.safetensors").write_bytes(b"c")
+    assert digests.of_files([tmp_path]) != both
+
+
+def test_a_checkpoint_is_hashed_by_what_samples(tmp_path: Path) -> None:
+    manifest = {f"{name}.safetensors": {"bytes": 1, "sha256": sha(name.encode())} for name in ("G_ema", "G", "D")}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    (tmp_path / "state.json").write_text(json.dumps({"step": 3, "images_seen": 48}))
+    assert digests.of_checkpoint(tmp_path, ["G_ema"]) == "sha256:" + sha(b"G_ema")
+    assert digests.of_checkpoint(tmp_path, ["G", "D"]) == digests.of_checkpoint(tmp_path, ["D", "G"])
+    assert digests.progress_of(tmp_path) == (3, 48)
+    with pytest.raises(OSError):
+        digests.of_checkpoint(tmp_path / "none", ["G"])
