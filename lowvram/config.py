@@ -103,9 +103,20 @@ def settings_from(values: dict[str, Any]) -> Settings:
     """Nested plain values as checked settings (the inverse of `settings_values`)."""
     with friendly_errors():
         type_ = settings_class(values.get("task", "stylegan2"))
-        typed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(type_), values))
+        typed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(type_), _literal(values)))
     assert isinstance(typed, Settings)
     return typed
+
+
+def _literal(value: Any) -> Any:
+    """Values whose texts mean what they say: ${oc.env:NAME} in somebody's run must not read this machine's."""
+    if isinstance(value, dict):
+        return {name: _literal(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_literal(item) for item in value]
+    if isinstance(value, str):
+        return re.sub(r"(\\*)\$\{", lambda found: 2 * found[1] + "\\${", value)
+    return value
 
 
 def settings_values(settings: Settings) -> dict[str, Any]:
@@ -141,10 +152,16 @@ def _quoted(argument: str) -> str:
     bare = name.lstrip("+")
     if not equals or not value or value[0] in "'\"" or value == "null":
         return argument
-    if bare in _WORDS or (bare in _PATHS and not re.fullmatch(r"[\w/\-\\+.$%*@:?|~, ]*", value)):
+    if bare in _WORDS or (bare in _PATHS and not all(map(_is_plain_path, value.split(",")))):
         escaped = value.replace("\\", "\\\\") if value.endswith("\\") else value
         return name + '="' + escaped.replace('"', '\\"') + '"'
     return argument
+
+
+def _is_plain_path(text: str) -> bool:
+    """Whether Hydra takes a text as it is: in ASCII, and neither a number nor a word that it knows."""
+    known = re.fullmatch(r"[+-]?[\d_.]+(e[+-]?\d+)?|[+-]?inf|nan|true|false|null", text, re.IGNORECASE)
+    return not known and re.fullmatch(r"[\w/\-\\+.$%*@:?|~ ]*", text, re.ASCII) is not None
 
 
 def register_recipe_files(arguments: list[str]) -> list[str]:
@@ -191,7 +208,7 @@ def _register_recipe(choice: str) -> str:
 
 def register_settings(settings: Settings, *, without: tuple[str, ...]) -> str:
     """A name by which Hydra finds these settings as a recipe; `without` are left as they usually are."""
-    values = {name: value for name, value in settings_values(settings).items() if name not in without}
+    values = {name: _literal(value) for name, value in settings_values(settings).items() if name not in without}
     name = "of_a_run"
     _store_recipe(name, {"defaults": [{"/task": settings.task}, "_self_"], **values, "recipe": settings.recipe})
     return name

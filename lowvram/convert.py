@@ -99,6 +99,10 @@ def _fitting(options: ConvertOptions) -> str:
 
         name, paths = f"weights={options.weights}", [Path(part.strip()) for part in (options.weights or "").split("|")]
         kinds = [kind_of(path.expanduser()) for path in paths]
+        if options.base is not None and "embedding" in kinds:
+            raise LowVRAMError(
+                f"{name}: words are read by a pipeline, and are no part of it.", "Sample with them: lowvram.sample."
+            )
         merged = options.base is not None or len(kinds) > 1
         fits = _PIPELINES if merged else _OF_WEIGHTS[kinds[0]]
     return f"{name} fits " + " or ".join(f"to={one}" for one in fits) + "."

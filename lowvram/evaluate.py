@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,10 +90,20 @@ def main(options: EvaluateOptions) -> None:
     asked = {name: getattr(options, name) for name in ("seed", "truncation", "noise", "checkpoint", *_DIFFUSION)}
     kimg = json.loads((checkpoint / "state.json").read_text())["images_seen"] / 1000
     record = {"run": str(folder), "step": step, "kimg": kimg, **asked, **result.as_dict()}
-    name = f"evaluation-{step:08d}-n{options.n}-seed{options.seed}-truncation{options.truncation:g}.json"
+    name = (
+        f"evaluation-{step:08d}-n{options.n}-seed{options.seed}-truncation{options.truncation:g}{_more(options)}.json"
+    )
     print(f"lowvram: wrote {_write(folder / 'metrics', name, record)}")
     with contextlib.suppress(OSError):  # the numbers are safe; the page comes with `lowvram.report`, too
         print(f"lowvram: wrote {pages.write(folder)}")
+
+
+def _more(options: EvaluateOptions) -> str:
+    """What else was asked for than is usual, as a few digits, so that no evaluation takes another's place."""
+    usual = {field.name: field.default for field in fields(EvaluateOptions)}
+    names = ("noise", "metrics", "feature_size", *_DIFFUSION)
+    asked = {name: getattr(options, name) for name in names if getattr(options, name) != usual[name]}
+    return f"-{hashlib.sha256(json.dumps(asked, default=str).encode()).hexdigest()[:8]}" if asked else ""
 
 
 def evaluate(

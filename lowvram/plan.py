@@ -87,6 +87,7 @@ def _smaller(settings: "Settings", card: str, processes: int) -> "Plan | None":
     if name == settings.recipe or name not in config.recipe_names():
         return None
     given = {key: getattr(settings, key) for key in ("vram", "price", "electricity", "carbon")}
+    given |= {key: getattr(settings, key) for key in ("kimg", "batch") if key in settings.overrides}
     words = config.short_forms([f"{key}={value}" for key, value in given.items() if value is not None])
     return plan_recipe(config.load_recipe(name, words), card=card, processes=processes)
 

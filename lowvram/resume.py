@@ -11,7 +11,8 @@ from lowvram.run import Run, newest
 from lowvram.settings import Settings
 
 # Settings of the invocation: they may differ from the saved ones without a word.
-INVOCATION = ("out", "resume", "device", "debug", "recipe", "price", "electricity", "carbon", "contributor")
+_OF_MACHINE = ("price", "electricity", "carbon", "contributor")
+INVOCATION = ("out", "resume", "device", "debug", "recipe", *_OF_MACHINE)
 
 
 @dataclass(kw_only=True)
@@ -124,6 +125,8 @@ def merge(saved: Settings, given: Settings) -> tuple[Settings, list[str]]:
         by_name = name in given.overrides
         if name in INVOCATION or by_name:
             _set(values, name, new)
+        if name in _OF_MACHINE and not by_name and old:
+            messages.append(f"{name}={old} was of the session before; name it again if it holds on this machine")
         if name in INVOCATION:
             continue
         if by_name:

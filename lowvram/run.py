@@ -126,7 +126,7 @@ class Run:
         _write_whole(path, "".join(kept))
 
     def grid_path(self, images_seen: int) -> Path:
-        """Where a sample grid goes: fakes_KIMG.png, by the nearest kimg; a later one of the same kimg takes its place."""
+        """Where a sample grid goes: fakes_KIMG.png, by the nearest kimg; a later one of that takes its place."""
         return self.folder / f"fakes_{round(images_seen / 1000):06d}.png"
 
 

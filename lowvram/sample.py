@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lowvram.marks.mark import Mark
+    from lowvram.settings.base import MarkSettings
 
 Result = TypeVar("Result")
 
@@ -190,7 +191,8 @@ def _mark(options: SampleOptions, task: Any, checkpoint: Path | None) -> Mark | 
         saved = MarkSettings(enabled=False)
     elif options.mark:
         saved = replace(saved, enabled=True)
-    named = {"watermark": options.watermark, "certificate": options.certificate, "key": options.key}
+    saved = _without_lost_key(saved, options)
+    named: dict[str, Any] = {"watermark": options.watermark, "certificate": options.certificate, "key": options.key}
     settings = replace(saved, **{name: value for name, value in named.items() if value is not None})
     if not settings.enabled:
         return None
@@ -201,6 +203,15 @@ def _mark(options: SampleOptions, task: Any, checkpoint: Path | None) -> Mark | 
     if options.init is not None:
         origin = replace(origin, source=COMPOSITE)
     return make_mark(settings, replace(origin, seed=options.seed))
+
+
+def _without_lost_key(saved: MarkSettings, options: SampleOptions) -> MarkSettings:
+    """What the run says of marks, without its certificate where that is on another machine."""
+    paths = [Path(path).expanduser() for path in (saved.certificate, saved.key) if path is not None]
+    if not saved.enabled or options.certificate or options.key or all(path.is_file() for path in paths):
+        return saved
+    print(f"lowvram: {paths[0]}, by which the run signs, or its key is not here: these images are not signed")
+    return replace(saved, certificate=None, key=None)
 
 
 def _written(options: SampleOptions, task: Any, run: Path, mark: Mark | None) -> str:

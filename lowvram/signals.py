@@ -21,12 +21,13 @@ class StopRequest:
         self._tell = tell
         self._asked_at = 0.0
         self._saving = False
+        self._interrupted = False  # by Ctrl-C, and not by a scheduler alone
         self._impatient = False
 
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Catch the first signal; signals can be caught in the main thread only, elsewhere this does nothing."""
-        self.asked = self._impatient = False
+        self.asked = self._interrupted = self._impatient = False
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -50,8 +51,12 @@ class StopRequest:
         name, now = signal.Signals(number).name, time.monotonic()
         if not self.asked:
             self.asked, self._asked_at = True, now
-            more = "; once more stops at once, unsaved" if number == signal.SIGINT else ""
+            self._interrupted = number == signal.SIGINT
+            more = "; once more, from two seconds on, stops at once, unsaved" if self._interrupted else ""
             self._say(f"{name}: finishing the step, then saving{more}")
+        elif number == signal.SIGINT and not self._interrupted:
+            self._interrupted, self._asked_at = True, now
+            self._say(f"{name}: saving is under way already; once more, from two seconds on, stops at once, unsaved")
         elif number == signal.SIGINT and now - self._asked_at > _SAME_SECONDS:
             if not self._saving or self._impatient:
                 raise KeyboardInterrupt

@@ -160,8 +160,11 @@ class Trainer:
         if self.images_seen >= total_images:
             self.progress.say(f"{self.run.folder} has its {self.recipe.kimg:g} kimg already; kimg=... trains longer")
             return
-        with self.account.training(lambda: self.images_seen):
-            yield from self._train(total_images)
+        try:
+            with self.account.training(lambda: self.images_seen):
+                yield from self._train(total_images)
+        finally:  # once the receipt is whole; also where a step failed
+            self._write_page(running=False)
         if self.trackers is not None:
             self.trackers.finish()
         self.progress.say(f"{'stopped and saved' if self.interrupted else 'done'}: {self.run.folder}")
@@ -190,6 +193,8 @@ class Trainer:
                 if last or self._crossed(before, self.recipe.snapshot_kimg):
                     with self.stop_request.saving():
                         self.save(final=last)
+                    if not last:
+                        self._write_page(running=True)
                 yield result
             self.account.renew(self.images_seen)  # with the last save
             self.account.write()
@@ -276,15 +281,23 @@ class Trainer:
                         problem, "Older checkpoints are whole. Free some space, then resume=auto."
                     ) from error
                 self.progress.say(f"{problem}. Training goes on; older checkpoints are whole. Free some space.")
-            pages.while_training(self.run.folder, self.task.dataset(), running=not final, say=self.progress.say)
         self.accelerator.wait_for_everyone()
         return path
+
+    def _write_page(self, *, running: bool) -> None:
+        if self.rank == 0:
+            dataset, say = self.task.dataset(), self.progress.say
+            pages.while_training(self.run.folder, dataset, running=running, say=say, device=self.device)
 
     def save_samples(self, checkpoint: Path | None = None) -> None:
         """Write fakes_KIMG.png, the same latents each time. checkpoint: the one that was written of these weights."""
         images = self.sample(self.recipe.grid, seed=self.recipe.seed)
-        mark = run_mark(self.recipe, self.task.sampling_networks, checkpoint, len(images))
-        save_grid(images, self.run.grid_path(self.images_seen), mark=mark)
+        path, networks = self.run.grid_path(self.images_seen), self.task.sampling_networks
+        try:
+            mark = run_mark(self.recipe, networks, checkpoint, len(images), (self.step, self.images_seen))
+            save_grid(images, path, mark=mark)
+        except LowVRAMError as error:  # of what marks it, such as a key that was moved: no reason to stop
+            self.progress.say(f"{path.name} is not written: {error.problem} {error.remedy}")
 
     def _checkpoint(self, rng_states: list[dict[str, Any]]) -> checkpoints.Checkpoint:
         self.applied.settle()

@@ -16,6 +16,7 @@ from lowvram.config import (
     train_help,
 )
 from lowvram.resume import INVOCATION
+from lowvram.run import Run
 from lowvram.settings import parse_bytes
 
 
@@ -160,3 +161,23 @@ def test_the_settings_of_a_run_are_a_recipe_too(name: str) -> None:
     assert (again.kimg, again.price, again.out, again.overrides) == (3, None, None, ["kimg"])
     as_saved = replace(again, kimg=saved.kimg, price="1/h", out="elsewhere", overrides=saved.overrides)
     assert as_saved == saved
+
+
+@pytest.mark.parametrize("path", ["Bücher", "2024_01", "1e3", "true", "a b", "photos.zip", "1,2", "ü,1"])
+def test_a_path_is_the_text_that_was_typed(path: str) -> None:
+    assert load_recipe("faces32", [f"data.path={path}"]).data.path == path
+
+
+def test_texts_of_a_run_mean_what_they_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run folder may be anybody's: what it says must not bring this machine's secrets into it."""
+    monkeypatch.setenv("LOWVRAM_SECRET", "hunter2")
+    said = "${oc.env:LOWVRAM_SECRET}"
+    Run.new(load_recipe("faces32", [f"out={tmp_path / 'run'}"])).prepare()
+    path = tmp_path / "run" / "recipe.yaml"
+    path.write_text(path.read_text().replace("contributor: ''", f"contributor: 'a \\{said} {said}'"))
+    settings = Run.open(tmp_path / "run").settings
+    assert settings.contributor == f"a \\{said} {said}"
+    name = register_settings(settings, without=())
+    with initialize_config_module("lowvram.conf", version_base="1.3"):
+        composed = compose("config", overrides=[f"recipe={name}"])
+    assert to_settings(composed, []).contributor == settings.contributor

@@ -125,6 +125,17 @@ def test_a_run_keeps_what_it_was_begun_with(home: Home, tmp_path: Path) -> None:
     assert alike(run_task(tmp_path / "moved").sample(1, **PROMPT), by_files(home, tmp_path / "new.safetensors"))
 
 
+@pytest.mark.slow
+def test_a_branch_of_a_run_has_its_files(home: Home, tmp_path: Path) -> None:
+    file = shutil.copy(home.file("diffusers"), tmp_path / "mine.safetensors")
+    home.trainer(f"lora.stack={file}", "kimg=0.002", out=tmp_path / "run").fit()
+    Path(file).unlink()
+    words = (f"lora.stack={file}", "kimg=0.004", f"resume={tmp_path / 'run'}")
+    home.trainer(*words, out=tmp_path / "branch").fit()
+    kept = [folder / "lora_stack_0.safetensors" for folder in (tmp_path / "run", tmp_path / "branch")]
+    assert kept[0].read_bytes() == kept[1].read_bytes()
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [

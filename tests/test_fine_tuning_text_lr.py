@@ -73,8 +73,12 @@ def test_all_of_the_encoders_streamed(home: Path, tmp_path: Path) -> None:
     assert any(not torch.equal(other[key], found[key]) for key in found if key.startswith("text"))
 
 
-def test_it_follows_the_schedule_and_resumes_bit_for_bit(home: Path, tmp_path: Path) -> None:
-    words = (*LORA, "text.lr=0.004", "optimizer.lr=0.02", "optimizer.schedule=linear", "lora.dropout=0.1")
+NARROW = ("memory.optimizer.denoiser=adam8bit", "memory.state.denoiser=host", "memory.update.denoiser=deferred")
+
+
+@pytest.mark.parametrize("memory", [(), pytest.param(NARROW, marks=pytest.mark.slow)], ids=["plain", "narrow"])
+def test_it_follows_the_schedule_and_resumes_bit_for_bit(home: Path, tmp_path: Path, memory: tuple[str, ...]) -> None:
+    words = (*LORA, "text.lr=0.004", "optimizer.lr=0.02", "optimizer.schedule=linear", "lora.dropout=0.1", *memory)
     trainer(home, tmp_path / "whole", *words).fit()
     first = trainer(home, tmp_path / "run", *words)
     sizes = []

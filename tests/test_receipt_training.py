@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from commands import environment, run
+from PIL import Image
 from test_equivalence import CALM, REORDERED, largest_difference
 from test_policy_resume import saved
 from tiny import TINY
@@ -55,6 +56,47 @@ def test_costs_are_in_the_metrics_the_receipt_and_the_last_line(tiny: Make, caps
     assert 0 < last["watts"] < 5000
     said = capsys.readouterr().out
     assert "Wh est., cost $0." in said and "took " in said and "(estimated)" in said
+
+
+def test_the_page_tells_what_the_receipt_tells(tiny: Make) -> None:
+    trainer = Trainer(tiny("kimg=0.016"), quiet=True)
+    trainer.fit()
+    page = (trainer.run.folder / "report.html").read_text()
+    assert f"{Receipt.read(trainer.run.folder).sessions[-1].seconds:.0f} seconds" in page
+
+
+def test_a_grid_that_can_not_be_marked_stops_nothing(
+    tiny: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = Trainer(tiny("kimg=0.032", "snapshot_kimg=0.016"))
+
+    def refused(*_: object, **__: object) -> None:
+        raise LowVRAMError("the key is gone.", "Bring it back.")
+
+    monkeypatch.setattr("lowvram.trainer.save_grid", lambda *_, **__: None)
+    steps = iter(trainer)
+    next(steps)
+    monkeypatch.setattr("lowvram.trainer.save_grid", refused)
+    for _ in steps:
+        pass
+    assert trainer.images_seen == 32 and len(checkpoint.candidates(trainer.run.checkpoints)) == 2
+    assert "fakes_000000.png is not written: the key is gone. Bring it back." in capsys.readouterr().out
+
+
+def test_a_grid_of_ones_own_says_how_far_training_is(tiny: Make) -> None:
+    trainer = Trainer(tiny("kimg=0.016"), quiet=True)
+    trainer.fit()
+    trainer.save_samples()
+    with Image.open(trainer.run.grid_path(16)) as grid:
+        assert json.loads(grid.info["lowvram"])["images_seen"] == "16"
+
+
+def test_rates_of_the_session_before_are_named(tiny: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    Trainer(tiny("kimg=0.016", "price=$36/h"), quiet=True).fit()
+    Trainer(tiny("kimg=0.032", "resume=auto")).fit()
+    said = capsys.readouterr().out
+    assert "price=$36/h was of the session before; name it again" in said
+    assert "0.30/kWh, 400 g" not in said  # the sessions' rates differ, so that no one of them is told
 
 
 def test_quiet_is_quiet(tiny: Make, capsys: pytest.CaptureFixture[str]) -> None:

@@ -129,7 +129,8 @@ def _signer(certificate: Path, key: Path) -> Any:
         chain, secret = certificate.read_bytes(), key.read_bytes()
     except OSError as error:
         raise LowVRAMError(
-            f"the certificate or its key can't be read: {error}.", "Give mark.certificate=chain.pem mark.key=key.pem."
+            f"the certificate or its key can't be read: {error}.",
+            "Give certificate=chain.pem key=key.pem (in training mark.certificate and mark.key).",
         ) from error
     try:
         return c2pa.Signer.from_info(c2pa.C2paSignerInfo(_algorithm(secret), chain, secret, None))

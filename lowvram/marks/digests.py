@@ -21,7 +21,7 @@ def of_checkpoint(folder: Path, networks: Iterable[str]) -> str:
     """
     manifest = json.loads((folder / "manifest.json").read_text())
     names = [f"{name}.safetensors" for name in networks]
-    return _joined({name: manifest[name]["sha256"] for name in names if name in manifest})
+    return _joined([(name, manifest[name]["sha256"]) for name in names if name in manifest])
 
 
 def progress_of(folder: Path) -> tuple[int, int]:
@@ -36,18 +36,19 @@ def of_files(paths: Sequence[Path]) -> str:
     Raises:
         OSError: one can't be read.
     """
-    hashes = {}
+    hashes = []
     for path in paths:
         found = sorted(p for p in path.rglob("*") if p.suffix in _WEIGHTS and p.is_file()) if path.is_dir() else [path]
         for file in found:
             name = file.relative_to(path).as_posix() if path.is_dir() else file.name
             with file.open("rb") as opened:
-                hashes[name] = hashlib.file_digest(opened, "sha256").hexdigest()
+                hashes.append((name, hashlib.file_digest(opened, "sha256").hexdigest()))
     return _joined(hashes)
 
 
-def _joined(hashes: dict[str, str]) -> str:
+def _joined(hashes: list[tuple[str, str]]) -> str:
+    """hashes: (name, hash) of each file; two may have the same name."""
     if len(hashes) == 1:
-        return f"sha256:{next(iter(hashes.values()))}"
-    listed = "".join(f"{hashes[name]}  {name}\n" for name in sorted(hashes))
+        return f"sha256:{hashes[0][1]}"
+    listed = "".join(f"{own}  {name}\n" for name, own in sorted(hashes))
     return f"sha256:{hashlib.sha256(listed.encode()).hexdigest()}"

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".mp4")
 _FORMATS = ("PNG", "JPEG", "WEBP")
 _MOST_PIXELS = 100_000_000  # that are decoded, in search of a watermark
+_MOST_WEBP_BYTES = 2**29  # Pillow reads these whole
 _TEXTS = ("Software", "Description")
 _MOST_BOXES = 1000  # of an MP4, at its top
 _MOST_TEXT = 10_000
@@ -60,6 +61,8 @@ def look_into(path: Path) -> Found:
     try:
         with path.open("rb") as file:
             head = file.read(12)
+        if head[8:12] == b"WEBP" and path.stat().st_size > _MOST_WEBP_BYTES:
+            raise UnreadableError(f"a WebP of more than {_MOST_WEBP_BYTES >> 20} MiB")
         if head[4:8] == b"ftyp":
             packet = _packet_of_mp4(path)
             found.notes.append("watermark: not looked for in a film")

@@ -24,11 +24,13 @@ def check_grid(settings: "Settings") -> None:
         mark.check(columns * settings.resolution, rows * settings.resolution)
 
 
-def run_mark(settings: "Settings", networks: Iterable[str], checkpoint: Path | None, images: int) -> Mark | None:
+def run_mark(
+    settings: "Settings", networks: Iterable[str], checkpoint: Path | None, images: int, progress: tuple[int, int]
+) -> Mark | None:
     """The mark of a training's sample grid, see `origin_of_run`."""
     if not settings.mark.enabled:
         return None
-    origin = replace(origin_of_run(settings, networks, checkpoint), seed=settings.seed, images=images)
+    origin = replace(origin_of_run(settings, networks, checkpoint, progress), seed=settings.seed, images=images)
     return make_mark(settings.mark, origin)
 
 
@@ -39,10 +41,13 @@ def data_mark(settings: "Settings", images: int) -> Mark | None:
     return Mark(origin=Origin(source=DRAWN, images=images))
 
 
-def origin_of_run(settings: "Settings", networks: Iterable[str], checkpoint: Path | None) -> Origin:
-    """What is sampled from a checkpoint of a run, or with None before there is one.
+def origin_of_run(
+    settings: "Settings", networks: Iterable[str], checkpoint: Path | None, progress: tuple[int, int] = (0, 0)
+) -> Origin:
+    """What is sampled from a checkpoint of a run, or with None from networks that none was written of.
 
     networks: the names of those that sampling uses. What an autoencoder gives back are images that it was shown.
+    progress: (step, images seen) without a checkpoint.
     """
     origin = Origin(
         source=COMPOSITE if settings.task == "autoencoder" else GENERATED,
@@ -50,7 +55,7 @@ def origin_of_run(settings: "Settings", networks: Iterable[str], checkpoint: Pat
         weights=None if settings.weights is None else names_of([settings.weights]),
     )
     if checkpoint is None:
-        return replace(origin, step=0, images_seen=0)
+        return replace(origin, step=progress[0], images_seen=progress[1])
     try:
         step, images_seen = digests.progress_of(checkpoint)
         hashed = digests.of_checkpoint(checkpoint, networks)

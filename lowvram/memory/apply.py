@@ -391,9 +391,10 @@ class Applied:
                 network.to(torch.bfloat16)
             if self.policy.fsdp != "none":
                 own_names = {n.split(".", 1)[1]: block for n, block in self._blocks[id(network)].items()}
+                before = self._params_by_phase(network)
                 fsdp.shard(network, own_names, self.device, offload=self.policy.fsdp == "offload")
                 self._sharded.append(network)
-                self._hand_over(network)
+                self._hand_over(network, before)
             elif policy.weights == "stream":
                 self._streams[id(network)] = BlockStream(
                     network, self._blocks[id(network)], self.device, resident=self.policy.resident
@@ -419,12 +420,16 @@ class Applied:
         networks = [*self._networks.values(), *(average.target for average in self.averages)]
         return {parameter for network in networks for parameter in network.parameters()}
 
-    def _hand_over(self, network: nn.Module) -> None:
-        """Sharding replaces parameters by new ones: optimizers and hyperparameters follow by position."""
+    def _hand_over(self, network: nn.Module, before: list[list[nn.Parameter]]) -> None:
+        """Sharding replaces parameters by new ones: optimizers and their groups follow. before: `_params_by_phase`."""
+        after = self._params_by_phase(network)
+        new = {old: own for olds, owns in zip(before, after, strict=True) for old, own in zip(olds, owns, strict=True)}
         for phase in self.phases:
-            if network in phase.networks:
-                params = [p for n in phase.networks for p in n.parameters()]
-                fsdp.replace_params(phase.optimizer, params)
+            for group in phase.optimizer.param_groups:
+                group["params"] = [new.get(param, param) for param in group["params"]]
+
+    def _params_by_phase(self, network: nn.Module) -> list[list[nn.Parameter]]:
+        return [phase.parameters() for phase in self.phases if network in phase.networks]
 
     def _make_updater(self, name: str, policy: OptimizerPolicy | None = None) -> Updater:
         phases = [phase for phase in self.phases if self.optimizer_names[phase.name] == name]

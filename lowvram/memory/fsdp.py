@@ -12,7 +12,7 @@ length.
 import atexit
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -330,20 +330,3 @@ def _reset_by_hand(root: Any) -> None:
             if unsharded is not None:
                 unsharded.grad = parameter.unsharded_accumulated_grad = None
         group._to_sharded()
-
-
-def replace_params(optimizer: torch.optim.Optimizer, params: Sequence[nn.Parameter]) -> None:
-    """Give an optimizer other parameters in the places of its own, one after the other through its groups.
-
-    Raises:
-        LowVRAMError: it has several groups, which are not in the order of `params`.
-    """
-    left = iter(params)
-    new = [[next(left) for _ in group["params"]] for group in optimizer.param_groups]
-    for group, other in zip(optimizer.param_groups, new, strict=True):
-        if len(new) > 1 and [p.shape for p in group["params"]] != [p.shape for p in other]:
-            raise LowVRAMError(
-                f"a sharded optimizer has {len(new)} groups of parameters in another order than the networks.",
-                "Put them in the order of Phase(networks=...), or use memory.fsdp=none.",
-            )
-        group["params"] = other

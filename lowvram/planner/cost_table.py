@@ -2,7 +2,20 @@
 
 from lowvram.planner import costs
 from lowvram.planner.costs import CardCost
-from lowvram.planner.layout import Column, ascii_only, clipped, co2, duration, energy, gb, laid, money, three, wrapped
+from lowvram.planner.layout import (
+    Column,
+    ascii_only,
+    clipped,
+    co2,
+    count_of_hours,
+    duration,
+    energy,
+    gb,
+    laid,
+    money,
+    three,
+    wrapped,
+)
 from lowvram.planner.plan import Plan
 
 
@@ -13,7 +26,7 @@ def of_plan(plan: Plan) -> str:
         each = f" of {plan.processes} cards" if plan.processes > 1 else ""
         hour = money(rates.per_hour, rates.currency)
         rent = money(rates.money(plan.hours * plan.processes, 0.0), rates.currency)
-        sums.append(f"{rent} for {plan.hours:,.0f} hours{each} at {hour}/h (price=)")
+        sums.append(f"{rent} for {count_of_hours(plan.hours)} hours{each} at {hour}/h (price=)")
     if rates.per_kwh:
         kwh = money(rates.per_kwh, rates.currency)
         paid = money(rates.money(0.0, plan.kwh), rates.currency)
@@ -54,7 +67,8 @@ def lines(plan: Plan, width: int) -> list[str]:
         columns.pop(name, None)
         table = laid(list(columns.values()), " ")
     each = f"{plan.processes} of each, " if plan.processes > 1 else ""
-    heading = f"The same training on other cards ({each}the fastest way for each, in all of its memory)"
+    budget = "" if plan.vram_bytes is None else f"; the {ascii_only(plan.card)} within {gb(plan.vram_bytes)} GB"
+    heading = f"The same training on other cards ({each}the fastest way for each, in all of its memory{budget})"
     notes = [line for note in _notes(plan) for line in wrapped(note, width)]
     return [*wrapped(heading, width), *table, *notes]
 

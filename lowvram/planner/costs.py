@@ -4,6 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from lowvram.errors import LowVRAMError
+from lowvram.planner import cards
+
 if TYPE_CHECKING:
     from lowvram.planner.plan import Plan
 
@@ -40,7 +43,15 @@ def break_even(plan: "Plan", row: CardCost) -> float | None:
 
 def smallest(rows: Sequence[CardCost]) -> CardCost | None:
     """The card of the least memory that does it, the first of several."""
-    return min((row for row in rows if row.fits), key=lambda row: row.usable_bytes, default=None)
+    return min((row for row in rows if row.fits), key=_whole_bytes, default=None)
+
+
+def _whole_bytes(row: CardCost) -> int:
+    """Of the card, not of the budget that it was planned for."""
+    try:
+        return cards.usable_bytes(cards.find(row.card))
+    except LowVRAMError:  # one that is there, and in no table
+        return row.usable_bytes
 
 
 def quickest(rows: Sequence[CardCost]) -> CardCost | None:

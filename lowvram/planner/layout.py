@@ -58,6 +58,11 @@ def three(value: float) -> str:
     return f"{value:.2f}" if value >= 0.9995 else f"{value:.3f}"
 
 
+def count_of_hours(hours: float) -> str:
+    """Whole hours, of few with a digit that counts: 1,872, 0.3."""
+    return f"{hours:,.0f}" if hours >= 9.5 else f"{hours:.2g}"
+
+
 def duration(hours: float) -> str:
     """Hours in the unit that suits them."""
     if hours < 1:

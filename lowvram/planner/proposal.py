@@ -11,7 +11,7 @@ from lowvram.errors import LowVRAMError
 from lowvram.memory.guard import in_gb
 from lowvram.planner import calibration, cards, costs
 from lowvram.planner.costs import CardCost
-from lowvram.planner.layout import co2, duration, energy, three
+from lowvram.planner.layout import co2, count_of_hours, duration, energy, three
 from lowvram.planner.plan import Plan
 from lowvram.receipt.rates import amount
 from lowvram.settings import Settings
@@ -128,7 +128,7 @@ def _plan(plan: Plan, settings: Settings) -> list[str]:
 def _cost(plan: Plan) -> list[str]:
     rates, of = plan.rates, []
     if rates.per_hour:
-        of.append(f"rent, {plan.hours * plan.processes:,.0f} card hours at {_money(plan, rates.per_hour)}")
+        of.append(f"rent, {count_of_hours(plan.hours * plan.processes)} card hours at {_money(plan, rates.per_hour)}")
     if rates.per_kwh:
         of.append(f"electricity, {energy(plan.kwh)} at {_money(plan, rates.per_kwh)} a kWh")
     free = "electricity is in the rent" if rates.per_hour else "electricity is free"
@@ -188,8 +188,8 @@ def _less(plan: Plan, smaller: Plan | None) -> list[str]:
         )
     if smaller is not None and smaller.fits:
         lines.append(
-            f"- **Smaller images:** recipe `{_inline(smaller.recipe)}` on the same card: {duration(smaller.hours)}, "
-            f"{energy(smaller.kwh)}, {_money(smaller, smaller.money)}."
+            f"- **Smaller images:** recipe `{_inline(smaller.recipe)}` on the same card, {1000 * smaller.kimg:,.0f} "
+            f"images: {duration(smaller.hours)}, {energy(smaller.kwh)}, {_money(smaller, smaller.money)}."
         )
     return lines
 

@@ -265,7 +265,7 @@ def _key(settings: Settings, card: Card, budget_bytes: int) -> str:
     values = settings_values(settings)
     for name in ("out", "resume", "seed", "data", "debug", "logger", "keep", "snapshot_kimg", "log_kimg"):
         values.pop(name)
-    for name in ("price", "electricity", "carbon", "contributor"):  # nothing of how it is trained
+    for name in ("price", "electricity", "carbon", "contributor", "mark"):  # nothing of how it is trained
         values.pop(name)
     parts = [values, sorted(settings.overrides), card.name, card.vram_bytes, budget_bytes // 2**26 * 2**26]
     parts += [asdict(calibration.load(card)), torch.__version__, __version__, settings.data.labels]

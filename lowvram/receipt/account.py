@@ -113,8 +113,9 @@ class Account:
                 self._end(images_seen())
 
     def _start(self) -> None:
-        self.meter.start()
-        self._started = time.perf_counter()
+        if self._started is None:
+            self.meter.start()
+            self._started = time.perf_counter()
 
     def _stop(self) -> None:
         self._seconds, self._started = self.seconds(), None
@@ -136,8 +137,8 @@ class Account:
             self.before = Receipt.read(folder)
         except LowVRAMError as error:
             aside = folder / f"{NAME}.bad"
-            self._say(f"{error.problem} It is now {aside.name}; costs go on from the checkpoint's.")
             self._on_disk(lambda: (folder / NAME).replace(aside))
+            self._say(f"{error.problem} It is set aside as {aside.name}; costs go on from the checkpoint's.")
         try:
             self.before = self.before.joined(Receipt.of(saved or []).sessions)
         except ValueError as error:
@@ -167,7 +168,7 @@ class Account:
 
     def write(self) -> None:
         """Write receipt.json. A full disk is said once and stops nothing."""
-        if self._is_main and self._folder is not None:
+        if self._is_main and self._folder is not None and self.receipt().sessions:
             folder = self._folder
             self._on_disk(lambda: self.receipt().write(folder))
 
@@ -177,7 +178,9 @@ class Account:
 
     def say_all(self, stands_on: Path | None) -> None:
         """Tell what the run took. stands_on: a run that was trained for this one, whose costs are its own."""
-        self._say(f"took {in_words(self.receipt())} ({self.session.rates})")
+        receipt = self.receipt()
+        rates = {session.rates for session in receipt.sessions}
+        self._say(f"took {in_words(receipt)}" + (f" ({self.session.rates})" if len(rates) == 1 else ""))
         if stands_on is not None:
             try:
                 self._say(f"and before it {stands_on}, not in that: {in_words(Receipt.read(stands_on))}")

@@ -201,11 +201,13 @@ class EnergyMeter:
         self._lock = threading.Lock()
         self._stop: threading.Event | None = None
         self._running = False
+        self._lost = False  # the source doesn't know from when it counts
 
     def start(self) -> None:
-        """Begin to measure."""
-        with suppress(OSError):  # `take` will then fail too, or tell from before: a little more than there was
-            self._source.begin()
+        """Begin to measure, unless that is being done."""
+        if self._running:
+            return
+        self._lost = not self._begun()
         if self._estimate is not None:
             self._estimate.begin()
         self._running = True
@@ -225,14 +227,27 @@ class EnergyMeter:
         """Joules up to now."""
         with self._lock:
             if self._running:
-                try:
-                    self.joules += self._source.take()
-                    if self._estimate is not None:
-                        self._estimate.begin()
-                except OSError:
-                    self.joules += 0.0 if self._estimate is None else self._estimate.take()
-                    self.by = ESTIMATE
+                self.joules += self._taken()
             return self.joules
+
+    def _taken(self) -> float:
+        """Joules since the last time: the source's, or, where it fails or has failed before, the estimate's."""
+        if not self._lost:
+            with suppress(OSError):
+                joules = self._source.take()
+                if self._estimate is not None:
+                    self._estimate.begin()
+                return joules
+        self._lost = not self._begun()  # from now on, so that nothing counts twice
+        self.by = ESTIMATE
+        return 0.0 if self._estimate is None else self._estimate.take()
+
+    def _begun(self) -> bool:
+        try:
+            self._source.begin()
+        except OSError:
+            return False
+        return True
 
     def _look(self, stop: threading.Event) -> None:
         assert self._source.every_seconds is not None

@@ -238,6 +238,11 @@ class StableDiffusionSettings(Settings):
                 f"text.dtype={self.text.dtype} with text.train=true: text encoders that are trained whole are fp32.",
                 "Leave text.dtype out, or use train=lora.",
             )
+        if "embedding.templates" in self.overrides and self.train != "textual_inversion":
+            raise LowVRAMError(
+                f"embedding.templates={self.embedding.templates} with train={self.train}: no new word is trained.",
+                "Use train=textual_inversion, or leave it out.",
+            )
         for name in ("begin", "stack"):
             if getattr(self.lora, name) is not None and self.train != "lora":
                 raise LowVRAMError(

@@ -135,7 +135,7 @@ def write_beside(settings: StableDiffusionSettings, folder: Path) -> None:
     for name, copy in named:
         if not (folder / copy).is_file():
             partial = folder / f".{copy}.partial"
-            shutil.copyfile(Path(name).expanduser(), partial)
+            shutil.copyfile(_kept(copy, settings, folder) or Path(name).expanduser(), partial)
             partial.replace(folder / copy)
 
 
@@ -152,16 +152,25 @@ def _names(text: str | None) -> Iterator[str]:
 
 def _copy_of(setting: str, name: str, copy: str, settings: StableDiffusionSettings, folder: Path | None) -> str | Path:
     """What to read for a file: the run's copy, where there is one."""
-    kept = None if folder is None else folder / copy
-    if kept is None or not kept.is_file():
+    kept = _kept(copy, settings, folder)
+    if kept is None:
         return name
     given = Path(name).expanduser()
     if setting in settings.overrides and given.is_file() and _digest(given) != _digest(kept):
         raise LowVRAMError(
-            f"{setting}: {name} is not the file that the run in {folder} was begun with.",
+            f"{setting}: {name} is not the file that the run in {kept.parent} was begun with.",
             f"Leave {setting} out, or begin a new run.",
         )
     return kept
+
+
+def _kept(copy: str, settings: StableDiffusionSettings, folder: Path | None) -> Path | None:
+    """A copy in the run's folder, or in that of the run or checkpoint which it goes on from."""
+    folders = [] if folder is None else [folder]
+    if settings.resume not in (None, "auto"):
+        earlier = Path(settings.resume).expanduser()
+        folders += [earlier, earlier.parent.parent]
+    return next((place / copy for place in folders if (place / copy).is_file()), None)
 
 
 def _read(path: str | Path) -> LoraFile:

@@ -25,6 +25,8 @@ from lowvram.tasks.fine_tuned import FineTuned
 from lowvram.tasks.latent import CAPTIONS, LATENT_OPTIONS, LatentTask, Wishes
 from lowvram.tasks.pipeline_text import PipelineText
 
+_TEMPLATES = "templates.txt"  # in the run's folder: the sentences that it was begun with
+
 
 class StableDiffusionTask(LatentTask):
     """A UNet of published weights, with what is trained of it or in it (`tasks.fine_tuned`).
@@ -85,7 +87,7 @@ class StableDiffusionTask(LatentTask):
     ) -> None:
         assert isinstance(settings, StableDiffusionSettings)
         if settings.templated:
-            read_templates(settings.embedding.templates, settings.embedding.token)
+            _templates(settings, folder)
         if settings.prior.prompt is not None:
             make = partial(cls, settings, device, folder, untrained=True)
             instances.make_class_images(settings, folder, make, say, place)
@@ -108,8 +110,7 @@ class StableDiffusionTask(LatentTask):
         self.scale, self.shift = self.codec.autoencoder.scaling_factor, self.codec.autoencoder.shift_factor
         self._check_captions()
         if self.settings.templated:
-            said = self.settings.embedding
-            templates = read_templates(said.templates, said.token)
+            templates = _templates(self.settings, self.folder)
             self.condition.options = replace(self.condition.options, templates=templates)
         self.condition.read(self.instances.captions, self.say, own=self.instances.own)
         if self.instances.size_ids is not None:
@@ -203,6 +204,9 @@ class StableDiffusionTask(LatentTask):
 
     def write_beside(self, folder: Path) -> None:
         low_rank.write_beside(self.settings, folder)
+        if self.settings.templated and not (folder / _TEMPLATES).is_file():
+            lines = _templates(self.settings, self.folder, word="{}")
+            (folder / _TEMPLATES).write_text("\n".join(lines) + "\n", encoding="utf-8")
         if self.settings.latent.path is not None:  # else that of the weights, which sampling needs anyway
             codec.write_beside(self.codec, folder)
         (folder / CAPTIONS).write_text("\n".join(self.usual_prompts()) + "\n", encoding="utf-8")
@@ -248,6 +252,13 @@ class StableDiffusionTask(LatentTask):
         plain = replace(self.condition.options, shuffle=False, tag_dropout=0.0, variants=1)  # with prefix and suffix
         kinds = (variants_of(text, plain) for text in self.instances.captions if text)
         return self.kept_captions(found[number % len(found)] for number, found in enumerate(kinds))
+
+
+def _templates(settings: StableDiffusionSettings, folder: Path | None, *, word: str | None = None) -> tuple[str, ...]:
+    """Sentences with the new word: those that the run keeps, else as the settings say."""
+    kept = None if folder is None else folder / _TEMPLATES
+    name = str(kept) if kept is not None and kept.is_file() else settings.embedding.templates
+    return read_templates(name, settings.embedding.token if word is None else word)
 
 
 TASK = StableDiffusionTask

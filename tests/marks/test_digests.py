@@ -27,6 +27,15 @@ def test_one_file_has_its_own_hash_and_several_that_of_their_list(tmp_path: Path
     assert digests.of_files([tmp_path]) != both
 
 
+def test_files_of_one_name_both_count(tmp_path: Path) -> None:
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "lora.safetensors").write_bytes(folder.encode())
+    one, two = (tmp_path / folder / "lora.safetensors" for folder in ("one", "two"))
+    hashes = {digests.of_files(files) for files in ([one], [two], [one, two])}
+    assert len(hashes) == 3 and digests.of_files([two, one]) in hashes
+
+
 def test_a_checkpoint_is_hashed_by_what_samples(tmp_path: Path) -> None:
     manifest = {f"{name}.safetensors": {"bytes": 1, "sha256": sha(name.encode())} for name in ("G_ema", "G", "D")}
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))

@@ -28,5 +28,8 @@ def test_a_run_is_evaluated_and_the_numbers_are_kept(tiny: Callable[..., object]
     metric = "frechet_efficientnet_lite0_64px"
     assert record["values"][metric] > record["floor"][metric] > 0
 
+    other = evaluate(f"run={run}", "n=30", "metrics=swd", "device=cpu")
+    assert other.returncode == 0 and len(list((run / "metrics").iterdir())) == 2  # neither takes the other's place
+
     wrong = evaluate(f"run={run}", "metrics=kid")
     assert wrong.returncode == 2 and "metrics=kid is not known" in wrong.stderr and "Traceback" not in wrong.stderr

@@ -87,13 +87,21 @@ def test_at_the_rent_beside_it_another_card_costs_as_much() -> None:
 
 def test_the_table_on_cards_of_ones_own() -> None:
     lines = cost_table.lines(make_plan(), 100)
-    assert row_of(lines, "RTX 2060").endswith("17.40  this plan")
-    assert row_of(lines, "GTX 1660 Super").endswith("28.80  smallest")
-    assert row_of(lines, "L4").endswith("3.00  cheapest")
-    assert row_of(lines, "H200").endswith("3.60  quickest, changed")
+    assert row_of(lines, "RTX 2060").endswith("17.40 this plan, smallest")
+    assert row_of(lines, "GTX 1660 Super").endswith("28.80")
+    assert row_of(lines, "L4").endswith("3.00 cheapest")
+    assert row_of(lines, "H200").endswith("3.60 quickest, changed")
+    assert "the RTX 2060 within" in " ".join(lines[:2])
     assert row_of(lines, "RTX 3050").split()[2:] == ["2.00", "3.00", "-", "no", "fit", "-", "-", "-"]
     assert "loss.r1_kind=finite_difference" in lines[-1]
     assert not any("rent of" in line for line in lines)
+
+
+def test_a_budget_makes_no_card_smaller() -> None:
+    """The card that was planned for is a large one, though little of it may be used."""
+    rows = (a_cost("RTX 3060", usable_bytes=4 * GIB), a_cost("RTX 2060", usable_bytes=int(5.7 * GIB)))
+    smallest = costs.smallest(rows)
+    assert smallest is not None and smallest.card == "RTX 2060"
 
 
 def test_a_price_is_of_the_card_that_was_asked_for() -> None:

@@ -91,6 +91,37 @@ def test_a_card_that_stops_telling_is_estimated(card: FakeNvml, clock: Clock) ->
     assert (meter.joules, meter.by) == (pytest.approx(7000), ESTIMATE)
 
 
+def test_what_was_estimated_is_not_measured_too(card: FakeNvml, clock: Clock) -> None:
+    card.joules = 0.0
+    meter = of_card(0, None, seventy)
+    meter.start()
+    clock.now, card.joules = 1010, 1000.0
+    assert meter.read() == 1000
+    clock.now, card.joules, card.counts_energy = 1020, 2000.0, False
+    assert meter.read() == pytest.approx(1000 + 700)
+    clock.now, card.joules, card.counts_energy = 1030, 3000.0, True
+    assert meter.read() == pytest.approx(1000 + 700 + 700)  # from when it counts is known from here on
+    clock.now, card.joules = 1040, 4000.0
+    meter.stop()
+    assert (meter.joules, meter.by) == (pytest.approx(1000 + 700 + 700 + 1000), ESTIMATE)
+    clock.now, card.joules, card.counts_energy = 5000, 90_000.0, False
+    meter.start()  # what the card took meanwhile is somebody else's
+    clock.now, card.joules, card.counts_energy = 5010, 91_000.0, True
+    meter.stop()
+    assert meter.joules == pytest.approx(3400 + 700)
+
+
+def test_a_meter_that_runs_is_not_begun_again(card: FakeNvml, clock: Clock) -> None:
+    card.joules = 0.0
+    meter = of_card(0, None, seventy)
+    meter.start()
+    clock.now, card.joules = 1010, 1000.0
+    meter.start()
+    clock.now, card.joules = 1020, 2000.0
+    meter.stop()
+    assert meter.joules == 2000
+
+
 def test_where_a_card_does_not_count_its_power_is_summed(card: FakeNvml, monkeypatch: pytest.MonkeyPatch) -> None:
     card.counts_energy = False
     monkeypatch.setattr(energy.CardPower, "every_seconds", 0.01)
