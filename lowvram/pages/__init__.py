@@ -3,7 +3,7 @@
 saving.py           makes them: `write`, `compare`, and `while_training`, which never fails
 folder.py           what is in a run folder, read as a stranger's: bounded, nothing executed
 metrics.py          metrics.jsonl;  pictures.py  the sample grids;  about.py  versions and data of each session
-run_page.py         the sections of one run's page;  recipe.py  memory.py  cost.py  the larger ones of them
+run_page.py         the sections of one run's page;  recipe.py  quality.py  memory.py  cost.py  the larger ones of them
 comparison.py       the page of several runs
 charts.py           curves as SVG;  words.py  numbers
 templates/          HTML, style sheet, and the script of the slider

@@ -20,8 +20,9 @@ _MOST_TEXT = 300
 class About:
     """Versions, the machine and the data of a session; "" and 0 for what is not known.
 
-    commit: of the clone that lowvram was imported from, with "+changes" where files differ from it. images: in the
-    data set.
+    commit: of the clone that lowvram was imported from, with "+changes" where files differ from it. device: that it
+    trained on. images: in the data set. begun, ended: UTC, ISO 8601; begun when its first page was written, and ended
+    is "" as long as it trains, and for ever where it was killed. kimg: thousands of images seen when this was noted.
     """
 
     python: str = ""
@@ -33,12 +34,16 @@ class About:
     device: str = ""
     data: str = ""
     images: int = 0
+    begun: str = ""
+    ended: str = ""
+    kimg: float = 0.0
 
 
-def here(*, data: str = "", images: int = 0) -> About:
-    """This process. Asks nothing of torch that is not imported already."""
+def here(*, data: str = "", images: int = 0, device: Any = None) -> About:
+    """This process. device: a torch.device; without one the usual card. Asks nothing of torch that isn't imported."""
     torch = sys.modules.get("torch")
-    cuda = torch is not None and torch.cuda.is_available()
+    kind = getattr(device, "type", "cuda")
+    cuda = torch is not None and kind == "cuda" and torch.cuda.is_available()
     return About(
         python=platform.python_version(),
         lowvram=_version("lowvram"),
@@ -46,17 +51,19 @@ def here(*, data: str = "", images: int = 0) -> About:
         cuda=str(torch.version.cuda or "") if torch is not None else "",
         commit=_commit(),
         system=f"{platform.system()} {platform.machine()}",
-        device=torch.cuda.get_device_name() if cuda and torch is not None else "CPU",
+        device=torch.cuda.get_device_name(device) if cuda and torch is not None else "CPU",
         data=data[:_MOST_TEXT],
         images=images,
     )
 
 
 def note(folder: Path, record: About) -> None:
-    """Add a record, unless it is the last one already. Raises OSError where the disk says no."""
+    """Add a record; one of the same begin takes the place of the last. Raises OSError where the disk says no."""
     have = read(folder)
     if have and have[-1] == record:
         return
+    if have and record.begun and have[-1].begun == record.begun:
+        have.pop()
     path = folder / NAME
     partial = path.with_name(path.name + ".partial")
     values = [asdict(one) for one in [*have, record][-_MOST_RECORDS:]]
@@ -86,6 +93,8 @@ def _record(values: dict[str, Any]) -> About:
             found[item.name] = value[:_MOST_TEXT]
         elif item.type is int and type(value) is int and 0 <= value < 2**60:
             found[item.name] = value
+        elif item.type is float and isinstance(value, int | float) and 0 <= value < 2**60:
+            found[item.name] = float(value)
     return About(**found)
 
 

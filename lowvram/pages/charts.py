@@ -17,6 +17,7 @@ _MOST_POINTS = 400
 _MOST_ROWS = 25  # of a table
 _TICKS = 5
 _FEWEST_TO_SMOOTH = 12
+_SMALLEST = 1e-200  # a smaller range has no round ticks: floats end at 5e-324
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +41,6 @@ class Level:
 class Drawn:
     """A path. kind: "raw", as measured, "smooth", its mean over neighbours, or "dots" for a few points."""
 
-    label: str
     path: str
     colour: int
     kind: str
@@ -75,8 +75,9 @@ class Axis:
     @classmethod
     def of(cls, low: float, high: float) -> "Axis":
         """One that holds both values, with round ticks and a little room."""
-        if high <= low:
-            room = abs(high) * 0.1 or 1.0
+        if high - low < _SMALLEST:
+            room = max(abs(low), abs(high)) * 0.1
+            room = room if room >= _SMALLEST else 1.0
             low, high = low - room * (low != 0), high + room
         step = round_step((high - low) / _TICKS)
         return cls(low=low, high=high, step=step)
@@ -203,7 +204,7 @@ def _drawn(line: Line, points: Sequence[Point], kind: str, x_axis: Axis, y_axis:
         path = "".join(f"M{place(point)}h0" for point in points)
     else:
         path = "M" + "L".join(place(point) for point in points)
-    return Drawn(label=line.label, path=path, colour=line.colour % COLOURS, kind=kind)
+    return Drawn(path=path, colour=line.colour % COLOURS, kind=kind)
 
 
 def _in_words(title: str, x_label: str, lines: Sequence[Line], levels: Sequence[Level]) -> str:

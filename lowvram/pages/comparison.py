@@ -7,18 +7,21 @@ from typing import Any
 from lowvram.pages import pictures
 from lowvram.pages.charts import Chart, Line, chart
 from lowvram.pages.cost import money
-from lowvram.pages.folder import Content
+from lowvram.pages.folder import Content, Evaluated
 from lowvram.pages.metrics import Point
+from lowvram.pages.quality import evaluations_of, metric_names, metric_title, same_conditions
 from lowvram.pages.recipe import command
-from lowvram.pages.run_page import data_name, metric_points, metric_title, state
+from lowvram.pages.run_page import data_name, state
 from lowvram.pages.words import count, gigabytes, images, number, plain, six, span
 from lowvram.receipt.rates import co2, energy
 
 _MOST_CURVES = 16
 _MOST_MOMENTS = 4
 _OF_THE_CALL = ("out", "resume", "debug")
-# What curves go over: how it is said, its unit, and where it stands in a line of metrics.
-_OVER = (("images", "kimg"), ("hours", "hours"), ("energy", "kWh"))
+_OVER = (("images", "kimg"), ("hours", "hours"), ("energy", "kWh"))  # what curves go over, and its unit
+_STANDS = {"hours": ("seconds", 3600.0), "energy": ("kwh", 1.0)}  # its name in a line of metrics, and of how many
+
+_Wanted = tuple[str, str, Sequence[str], list[list[Point]]]  # a chart: title, unit, label and points of each run
 
 
 def view(contents: Sequence[Content]) -> dict[str, Any]:
@@ -91,14 +94,10 @@ def _numbers(contents: Sequence[Content]) -> list[tuple[str, list[str]]]:
     ]
     losses = list(dict.fromkeys(name for one in contents for name in one.metrics.names("loss/")))
     rows += [(f"Loss of {name.removeprefix('loss/')}, last", metric(name, six)) for name in losses[:_MOST_CURVES]]
-    for name in _metric_names(contents):
-        last = [points[-1] if (points := metric_points(one, name)) else None for one in contents]
-        rows.append(
-            (
-                metric_title(name),
-                [f"{six(at[1])} (after {images(at[0])})" if at is not None else "–" for at in last],
-            )
-        )
+    for name in metric_names(contents):
+        found = evaluations_of(contents, name)
+        alike = same_conditions(found)
+        rows.append((metric_title(name), [_last_quality(one, name, alike) for one in found]))
     return [(name, said) for name, said in rows if any(word != "–" for word in said)]
 
 
@@ -108,52 +107,62 @@ def _since(content: Content) -> str:
     return f" (since {images(first / 1000)})" if first else ""
 
 
-def _metric_names(contents: Sequence[Content]) -> list[str]:
-    return list(dict.fromkeys(name for one in contents for evaluated in one.evaluations for name in evaluated.values))
+def _last_quality(found: Sequence[Evaluated], name: str, alike: bool) -> str:
+    if not found:
+        return "–"
+    last = found[-1]
+    return f"{six(last.values[name])} (after {images(last.kimg)}{'' if alike else f', {last.conditions}'})"
 
 
 def _curves(contents: Sequence[Content], names: Sequence[str]) -> list[dict[str, Any]]:
     """For each of images, hours and energy the same charts, a line for each run."""
-    wanted: list[tuple[str, str, Callable[[Content], list[Point]]]] = []
+    wanted = [_quality(contents, names, name) for name in metric_names(contents)]
     series = list(dict.fromkeys(name for one in contents for name in one.metrics.names("loss/")))[:_MOST_CURVES]
-    for name in _metric_names(contents):
-        wanted.append((metric_title(name), "", lambda one, name=name: metric_points(one, name)))  # type: ignore[misc]
     for name in series:
         title = f"Loss of {name.removeprefix('loss/')}"
-        wanted.append((title, "loss", lambda one, name=name: one.metrics.series(name)))  # type: ignore[misc]
-    wanted.append(("Augmentation probability p", "p", lambda one: one.metrics.series("augment_p")))
-    wanted.append(("Time for a thousand images", "s/kimg", lambda one: one.metrics.series("s_per_kimg")))
+        wanted.append((title, "loss", names, [one.metrics.series(name) for one in contents]))
+    for name, title, y_label in (
+        ("augment_p", "Augmentation probability p", "p"),
+        ("s_per_kimg", "Time for a thousand images", "s/kimg"),
+    ):
+        wanted.append((title, y_label, names, [one.metrics.series(name) for one in contents]))
     out = []
     for over, unit in _OVER:
         charts: list[Chart] = []
-        for title, y_label, points in wanted:
+        for title, y_label, labels, series_of_runs in wanted:
             lines = [
-                Line(label=name, points=_moved(points(one), one, over), colour=n)
-                for n, (name, one) in enumerate(zip(names, contents, strict=True))
+                Line(label=label, points=_moved(points, one, over), colour=n)
+                for n, (label, points, one) in enumerate(zip(labels, series_of_runs, contents, strict=True))
             ]
             made = chart(title, unit, y_label, lines)
             if made is not None:
                 charts.append(made)
-        without = [name for name, one in zip(names, contents, strict=True) if not _moved([(0.0, 0.0)], one, over)]
+        without = [
+            name
+            for name, one in zip(names, contents, strict=True)
+            if over in _STANDS and not one.metrics.series(_STANDS[over][0])
+        ]
         out.append({"over": over, "charts": charts, "without": without})
     return out
+
+
+def _quality(contents: Sequence[Content], names: Sequence[str], name: str) -> _Wanted:
+    """Its label says how each run was measured, where it was not done alike."""
+    found = evaluations_of(contents, name)
+    alike = same_conditions(found)
+    labels = [
+        run if alike or not evaluated else f"{run} ({evaluated[-1].conditions})"
+        for run, evaluated in zip(names, found, strict=True)
+    ]
+    return metric_title(name), "", labels, [[(one.kimg, one.values[name]) for one in some] for some in found]
 
 
 def _moved(points: list[Point], content: Content, over: str) -> list[Point]:
     """Points over thousands of images as points over hours of training steps, or over kWh; none where not known."""
     if over == "images":
         return points
-    name, scale = ("seconds", 3600.0) if over == "hours" else ("kwh", 1.0)
-    known = content.metrics.series(name)
-    if not known:
-        return []
-    at = dict(known)
-    out = []
-    for kimg, value in points:
-        x = at[kimg] if kimg in at else content.metrics.at(kimg, name)
-        if x is not None:
-            out.append((x / scale, value))
-    return out
+    name, scale = _STANDS[over]
+    return [(x / scale, value) for x, value in content.metrics.moved(points, name)]
 
 
 def _moments(contents: Sequence[Content]) -> list[dict[str, Any]]:

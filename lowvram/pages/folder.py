@@ -28,7 +28,8 @@ _MOST_NAMES = 100_000  # of a folder
 _MOST_EVALUATIONS = 200
 _MOST_EVALUATION_BYTES = 2**18
 _MOST_STATE_BYTES = 2**22
-_MOST_TEXT = 2000
+MOST_TEXT = 2000  # of a setting's text; what is longer is cut
+_PRIVATE = ("mark.certificate", "mark.key")  # where somebody keeps what signs: of no use to others
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,17 +45,24 @@ class Evaluated:
     settings: str
     notes: tuple[str, ...]
 
+    @property
+    def conditions(self) -> str:
+        """How it was measured; metrics of other conditions are not to be held against these."""
+        return f"{self.images:,} images{f', {self.settings}' if self.settings else ''}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Content:
     """A run folder. settings: of recipe.yaml, dotted. grids: by thousands of images. checkpoints, files: (name, bytes).
 
-    data: the data set's name, "" where no checkpoint says it. faults: what is missing or broken, in sentences.
+    Paths of a signature's key and certificate are left out of settings; signed: whether there were some. data: the data
+    set's name, "" where neither a checkpoint nor about.json says it. faults: what is missing or broken, in sentences.
     """
 
     folder: Path
     name: str
     settings: dict[str, Any]
+    signed: bool
     metrics: metrics.Metrics
     plan: "Plan | None"
     receipt: Receipt
@@ -90,36 +98,52 @@ def read(folder: str | Path, *, quick: bool = False) -> Content:
         LowVRAMError: it is no run folder, or can't be read at all.
     """
     folder = Path(folder).expanduser()
-    if not (folder / "recipe.yaml").is_file():
-        what = "is not there" if not folder.exists() else "is not a run folder: it has no recipe.yaml"
-        raise LowVRAMError(f"{folder} {what}.", "Give a folder that python -m lowvram.train wrote, as outputs/NAME.")
     try:
+        what = _no_run(folder)
+        if what:
+            remedy = "Give a folder that python -m lowvram.train wrote, as outputs/NAME."
+            raise LowVRAMError(f"{folder} {what}.", remedy)
         files = _files(folder)
-        checkpoints = _checkpoints(folder / "checkpoints")
         found = metrics.read(folder, quick=quick)
     except OSError as error:
         raise LowVRAMError(f"{folder} can't be read: {error}.", "Look at its permissions.") from error
     faults: list[str] = []
+    checkpoints = _checkpoints(folder / "checkpoints", faults)
     settings = _settings(folder / "recipe.yaml", faults)
+    private = [settings.pop(name, None) for name in _PRIVATE]
+    records = about.read(folder)
     names = [name for name, _ in files]
     batch = settings.get("batch")
     content = Content(
         folder=folder,
         name=folder.absolute().name,
         settings=settings,
+        signed=any(value is not None for value in private),
         metrics=found,
         plan=_plan(folder, names, faults),
         receipt=_receipt(folder, names, faults),
         evaluations=tuple(_evaluations(folder / "metrics", batch if type(batch) is int else 0, faults)),
         grids=pictures.grids(folder, names),
-        about=about.read(folder),
+        about=records,
         checkpoints=checkpoints,
         files=files,
-        data=_data_name(folder, checkpoints),
+        data=_data_name(folder, checkpoints) or (records[-1].data if records else ""),
         faults=faults,
     )
     faults += _missing(content, names)
     return content
+
+
+def _no_run(folder: Path) -> str:
+    """Why a folder is none of a run, "" if it is one. Raises OSError where it can't be looked into."""
+    recipe = folder / "recipe.yaml"
+    if not os.path.lexists(folder):
+        return "is not there"
+    with os.scandir(folder):  # a folder that may not be read has no recipe, as far as one sees
+        pass
+    if recipe.is_symlink():  # of a foreign folder, it could show any file
+        return "is not a run folder: its recipe.yaml is a link"
+    return "" if recipe.is_file() else "is not a run folder: it has no recipe.yaml"
 
 
 def _missing(content: Content, names: list[str]) -> Iterator[str]:
@@ -132,7 +156,7 @@ def _missing(content: Content, names: list[str]) -> Iterator[str]:
         lines = "One line" if found.broken == 1 else f"{found.broken} lines"
         yield f"{lines} of metrics.jsonl could not be read and {'is' if found.broken == 1 else 'are'} left out."
     if found.not_finite:
-        yield f"{found.not_finite} values in metrics.jsonl are NaN or infinite and are left out."
+        yield f"{found.not_finite} values in metrics.jsonl are NaN, infinite or beyond 1e30 and are left out."
     if not found.every_line:
         yield "metrics.jsonl is large: lines at even distances stand for the rest. Each that is shown is exact."
     if not content.grids:
@@ -154,9 +178,13 @@ def _settings(path: Path, faults: list[str]) -> dict[str, Any]:
         if len(leaves) > _MOST_SETTINGS:
             raise ValueError("it has too many settings")
         return leaves
-    except (OSError, ValueError, OverflowError, RecursionError, yaml.YAMLError) as error:
+    except (OSError, yaml.YAMLError, RecursionError, *_BY_TAGS) as error:
         faults.append(f"recipe.yaml can't be read: {' '.join(str(error).split())[:200]}. The settings are not known.")
         return {}
+
+
+# What PyYAML raises for a value that is not what its tag says, as `!!bool maybe`.
+_BY_TAGS = (ValueError, OverflowError, LookupError, AttributeError, TypeError)
 
 
 class _PlainLoader(yaml.SafeLoader):
@@ -175,10 +203,10 @@ def _leaves(value: Any, name: str, depth: int) -> Iterator[tuple[str, Any]]:
             yield from _leaves(entry, f"{name}.{short}" if name else short, depth + 1)
     elif value is None or isinstance(value, bool | int | float):
         yield name, value if not isinstance(value, int) or value.bit_length() < 1000 else "a very large number"
-    elif isinstance(value, list) and len(str(value)) <= _MOST_TEXT:
+    elif isinstance(value, list) and len(str(value)) <= MOST_TEXT:
         yield name, value
     else:
-        yield name, str(value)[:_MOST_TEXT]
+        yield name, str(value)[:MOST_TEXT]
 
 
 def _files(folder: Path) -> list[tuple[str, int]]:
@@ -193,14 +221,18 @@ def _files(folder: Path) -> list[tuple[str, int]]:
     return sorted(found)
 
 
-def _checkpoints(folder: Path) -> list[tuple[str, int]]:
-    """Names and bytes of the checkpoints, oldest first."""
+def _checkpoints(folder: Path, faults: list[str]) -> list[tuple[str, int]]:
+    """Names and bytes of the checkpoints, oldest first. Links are none."""
     if folder.is_symlink() or not folder.is_dir():
         return []
-    with os.scandir(folder) as entries:
-        names = sorted(e.name for n, e in enumerate(entries) if n < 1000 and e.name.startswith("step-") and e.is_dir())
-    kept = [name for name in names if not name.endswith(".partial")]
-    return [(name, sum(size for _, size in _files(folder / name))) for name in kept]
+    try:
+        with os.scandir(folder) as entries:
+            some = [e for n, e in enumerate(entries) if n < 1000 and e.is_dir(follow_symlinks=False)]
+        names = sorted(e.name for e in some if e.name.startswith("step-") and not e.name.endswith(".partial"))
+        return [(name, sum(size for _, size in _files(folder / name))) for name in names]
+    except OSError as error:
+        faults.append(f"The checkpoints can't be looked at: {error.strerror or error}.")
+        return []
 
 
 def _plan(folder: Path, names: list[str], faults: list[str]) -> "Plan | None":
@@ -239,7 +271,11 @@ def _evaluations(folder: Path, batch: int, faults: list[str]) -> Iterator[Evalua
     if folder.is_symlink() or not folder.is_dir():
         return
     found = []
-    names = [name for name, _ in _files(folder) if name.startswith("evaluation-") and name.endswith(".json")]
+    try:
+        names = [name for name, _ in _files(folder) if name.startswith("evaluation-") and name.endswith(".json")]
+    except OSError as error:
+        faults.append(f"The folder metrics can't be looked at: {error.strerror or error}.")
+        return
     for name in names[-_MOST_EVALUATIONS:]:
         values = _json(folder / name, _MOST_EVALUATION_BYTES)
         evaluated = _evaluated(values, batch)

@@ -4,6 +4,7 @@ A file of some size is read line by line; of a larger one, lines at even distanc
 themselves.
 """
 
+import bisect
 import functools
 import itertools
 import json
@@ -31,7 +32,7 @@ class Metrics:
     """Lines in the order of their steps; each has step and kimg. Values that are not finite are left out.
 
     broken: lines that could not be read, the last one of a run that was cut off among them. not_finite: values that
-    were NaN or infinite. every_line: False where lines stand for those between them.
+    were NaN, infinite or beyond _MOST_NUMBER. every_line: False where lines stand for those between them.
     """
 
     rows: tuple[Row, ...] = ()
@@ -64,16 +65,24 @@ class Metrics:
         """The largest value."""
         return max((y for _, y in self.series(name)), default=None)
 
-    def at(self, kimg: float, name: str) -> float | None:
-        """A value that grows, such as the hours up to then, at a count of images; between lines in proportion."""
-        before: Point | None = None
-        for x, y in self.series(name):
-            if x >= kimg:
-                if before is None or x == kimg:
-                    return y * (kimg / x if x > 0 else 1)
-                return before[1] + (y - before[1]) * (kimg - before[0]) / (x - before[0])
-            before = (x, y)
-        return None if before is None else before[1]
+    def moved(self, points: Iterable[Point], name: str) -> list[Point]:
+        """Points over kimg as points over a value that grows, such as the hours up to then.
+
+        Between lines that have the value it is taken in proportion; points before the first or after the last of them
+        are left out, for nothing says where they lie.
+        """
+        known = dict(self.series(name))
+        at = sorted(known)
+        out = []
+        for kimg, y in points:
+            right = bisect.bisect_left(at, kimg)
+            if kimg in known:
+                out.append((known[kimg], y))
+            elif 0 < right < len(at):
+                before, after = at[right - 1], at[right]
+                share = (kimg - before) / (after - before)
+                out.append((known[before] + (known[after] - known[before]) * share, y))
+        return out
 
 
 def read(folder: Path, *, quick: bool = False) -> Metrics:

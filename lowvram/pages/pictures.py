@@ -11,6 +11,13 @@ import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lowvram.marks import xmp
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
 
 _NAME = re.compile(r"fakes_(\d{1,9})\.png")
 _MOST_FRAMES = 24
@@ -18,6 +25,7 @@ _MOST_FILE_BYTES = 256 * 2**20
 _MOST_PIXELS = 100_000_000  # 96 images of 1024x1024; decoded they take 300 MB
 _SMALL_PIXELS = 256 * 256  # such a picture is embedded without loss
 _MOST_BYTES = 190_000
+_MOST_ORIGIN_BYTES = 64_000  # what a JPEG has room for
 _SIZES = ((1024, 84), (960, 76), (768, 72), (640, 64), (480, 50), (320, 40))  # longer side in pixels, JPEG quality
 
 
@@ -115,6 +123,7 @@ def _encoded(path: str, _changed: int, _size: int) -> tuple[Picture | None, str]
             if opened.width * opened.height > _MOST_PIXELS:
                 return None, f"has {opened.width} x {opened.height} pixels, too many to show"
             image = opened.convert("RGB")
+            origin = _origin_of(opened)
     except Image.DecompressionBombError:
         return None, "has too many pixels to show"
     except (OSError, ValueError, SyntaxError, EOFError, MemoryError, OverflowError):  # what PIL raises for broken files
@@ -122,16 +131,36 @@ def _encoded(path: str, _changed: int, _size: int) -> tuple[Picture | None, str]
     small = image.width * image.height <= _SMALL_PIXELS
     if small:
         lossless = io.BytesIO()
-        image.save(lossless, format="PNG", optimize=True)
+        image.save(lossless, format="PNG", optimize=True, pnginfo=_texts(origin))
         if lossless.tell() <= _MOST_BYTES:
             return _picture(image, "png", lossless.getvalue(), small=True), ""
     for side, quality in _SIZES:
         image.thumbnail((side, side), Image.Resampling.LANCZOS, reducing_gap=2.0)
         jpeg = io.BytesIO()
-        image.save(jpeg, format="JPEG", quality=quality, optimize=True)
+        image.save(jpeg, format="JPEG", quality=quality, optimize=True, xmp=origin)
         if jpeg.tell() <= _MOST_BYTES:
             break
     return _picture(image, "jpeg", jpeg.getvalue(), small=small), ""
+
+
+def _origin_of(image: "Image.Image") -> bytes:
+    """What the picture says of how it was made: an image that is saved from the page says it too. b"" for nothing."""
+    packet = image.info.get("XML:com.adobe.xmp") or ""
+    content = packet.encode("utf-8", "replace") if isinstance(packet, str) else b""
+    try:
+        xmp.read(content)
+    except xmp.BadPacketError:
+        return b""
+    return content if len(content) <= _MOST_ORIGIN_BYTES else b""
+
+
+def _texts(origin: bytes) -> "PngInfo":
+    from PIL.PngImagePlugin import PngInfo
+
+    texts = PngInfo()
+    if origin:
+        texts.add_itxt("XML:com.adobe.xmp", origin.decode())
+    return texts
 
 
 def _picture(image: "object", kind: str, content: bytes, *, small: bool) -> Picture:

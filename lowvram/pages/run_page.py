@@ -6,25 +6,29 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any
 
-from lowvram.pages import pictures
+from lowvram.pages import metrics, pictures
 from lowvram.pages.charts import Chart, Line, chart
 from lowvram.pages.cost import cost, money
 from lowvram.pages.folder import Content
 from lowvram.pages.memory import memory
+from lowvram.pages.quality import quality, tile
 from lowvram.pages.recipe import TASKS, changed, command
-from lowvram.pages.words import count, gigabytes, images, number, plain, six, span
+from lowvram.pages.words import count, gigabytes, images, number, plain, span
 from lowvram.receipt.rates import energy
 
 _MOST_LOSSES = 12
 _MOST_FILES = 60
-_STILL_SECONDS = 120.0  # no line for that long, and for three intervals: nobody is training
-_METRIC_WORDS = {
-    "frechet": "Frechet distance",
-    "fid": "FID",
-    "precision": "Precision",
-    "recall": "Recall",
-    "swd": "Sliced Wasserstein distance",
-    "efficientnet_lite0": "EfficientNet-Lite0",
+
+# What the sample grids of a task show.
+_SAMPLES = {
+    "": {
+        "what": "The same latents each time, as the training went on",
+        "quality": "How close generated images come to the data",
+    },
+    "autoencoder": {
+        "what": "Images of the data set, the same each time, encoded and decoded again, as the training went on",
+        "quality": "How close images come to the data after they were encoded and decoded",
+    },
 }
 
 
@@ -41,7 +45,7 @@ def view(content: Content, *, running: bool | None = None, seconds: float | None
         "tiles": list(_tiles(content)),
         "faults": content.faults[:20],
         "samples": _samples(content, selected, seconds),
-        "quality": _quality(content),
+        "quality": quality(content),
         "losses": losses(content),
         "speed": _speed(content),
         "memory": memory(content),
@@ -58,27 +62,43 @@ def view(content: Content, *, running: bool | None = None, seconds: float | None
 
 
 def state(content: Content, running: bool | None) -> tuple[str, str]:
-    """A word for the style sheet, and how far the run is in a sentence."""
+    """A word for the style sheet, and how far the run is in a sentence. running: None where nobody says it."""
     whole = content.number("kimg")
     seen = images(content.kimg)
     if whole is not None and content.kimg >= whole > 0:
         return "done", f"Done: {seen}."
     of = f"{seen} of {images(whole)}" if whole is not None else seen
-    if running is None:
-        running = _changed_lately(content)
+    if running is None and not _ended(content):
+        quiet = _quiet_seconds(content)
+        last = f"; last line {span(quiet)} before this page" if quiet is not None else ""
+        return "unknown", f"At {of}{last}. It did not say that it ended. {_resume(content)}"
     if running:
         rest = (whole - content.kimg) * (content.metrics.last("s_per_kimg") or 0.0) if whole is not None else 0.0
         return "running", f"In training: {of}{f', about {span(rest)} left' if rest > 0 else ''}."
-    return "stopped", f"Stopped at {of}. Resume with: python -m lowvram.train resume={shlex.quote(str(content.folder))}"
+    return "stopped", f"Stopped at {of}. {_resume(content)}"
 
 
-def _changed_lately(content: Content) -> bool:
+def _resume(content: Content) -> str:
+    return f"Resume with: python -m lowvram.train resume={shlex.quote(str(content.folder))}"
+
+
+def _ended(content: Content) -> bool:
+    """Whether the last session says that it ended, and no other has trained since."""
+    last = content.about[-1] if content.about else None
+    return last is not None and bool(last.ended) and content.kimg <= last.kimg
+
+
+def _quiet_seconds(content: Content) -> float | None:
+    """Since the last line of metrics; of the receipt, which is written with it and keeps the time when it is copied."""
+    now = time.time()
     try:
-        quiet = time.time() - (content.folder / "metrics.jsonl").stat().st_mtime
-    except OSError:
-        return False
-    interval = (content.metrics.last("s_per_kimg") or 0.0) * (content.number("log_kimg") or 0.0)
-    return quiet < max(_STILL_SECONDS, 3 * interval)
+        if content.receipt.sessions:
+            then = max(datetime.fromisoformat(one.ended).timestamp() for one in content.receipt.sessions)
+        else:
+            then = (content.folder / metrics.NAME).stat().st_mtime
+    except (OSError, ValueError, OverflowError):
+        return None
+    return max(0.0, now - then)
 
 
 def _summary(content: Content) -> str:
@@ -117,11 +137,8 @@ def _tiles(content: Content) -> Iterator[tuple[str, str]]:
         yield f"Energy{since}", f"{about}{energy(totals.kwh)}"
         paid = money(totals)
         yield f"Cost{since}", paid if paid.startswith("under") else f"{about}{paid}"
-    if content.evaluations:
-        last = content.evaluations[-1]
-        best = [name for kind in ("fid", "frechet") for name in last.values if name.startswith(kind)]
-        if best:
-            yield metric_title(best[0]).partition(",")[0], number(last.values[best[0]])
+    if (measured := tile(content)) is not None:
+        yield measured
 
 
 def _samples(content: Content, selected: list[Any], seconds: float | None) -> dict[str, Any]:
@@ -129,55 +146,12 @@ def _samples(content: Content, selected: list[Any], seconds: float | None) -> di
     real, why = pictures.picture_of(content.folder / "reals.png")
     return {
         "frames": [frame for frame in frames if frame.picture is not None],
+        **_SAMPLES.get(content.text("task"), _SAMPLES[""]),
         "broken": [(frame.name, frame.reason) for frame in frames if frame.picture is None],
         "all": len(content.grids),
         "real": real,
         "no_real": "" if real is not None else f"reals.png {why}",
     }
-
-
-def _quality(content: Content) -> dict[str, Any]:
-    """A table of evaluations, a row for each, and a curve for each metric that was taken at several steps."""
-    evaluations = content.evaluations
-    names = list(dict.fromkeys(name for one in evaluations for name in one.values))
-    curves = [
-        chart(
-            metric_title(name), "kimg", "", [Line(label=name, points=metric_points(content, name))],
-            smooth=False,
-        )
-        for name in names
-        if len({one.step for one in evaluations if name in one.values}) > 1
-    ]  # fmt: skip
-    rows = []
-    for one in evaluations:
-        settings = f", {one.settings}" if one.settings else ""
-        what = f"{images(one.kimg)}, {count(one.images)} images{settings}"
-        rows.append((what, *(six(one.values[name]) if name in one.values else "" for name in names)))
-    floor = next((one.floor for one in reversed(evaluations) if one.floor), {})
-    if floor:
-        rows.append(("real images against real ones", *(six(floor[name]) if name in floor else "" for name in names)))
-    return {
-        "head": ("Measured after", *(metric_title(name) for name in names)),
-        "rows": rows,
-        "notes": list(dict.fromkeys(note for one in evaluations for note in one.notes))[:10],
-        "charts": [one for one in curves if one is not None],
-    }
-
-
-def metric_title(name: str) -> str:
-    """A metric's name in words: "Frechet distance, EfficientNet-Lite0 96px" for frechet_efficientnet_lite0_96px."""
-    kind, _, rest = name.partition("_")
-    if kind not in _METRIC_WORDS:
-        return name
-    for short, words in _METRIC_WORDS.items():
-        rest = rest.replace(short, words)
-    return f"{_METRIC_WORDS[kind]}{', ' if rest else ''}{rest.replace('_', ' ')}"
-
-
-def metric_points(content: Content, name: str) -> list[tuple[float, float]]:
-    """A quality metric over thousands of images; of several evaluations of a step the one of most images."""
-    best = sorted((one for one in content.evaluations if name in one.values), key=lambda one: one.images)
-    return sorted({one.kimg: one.values[name] for one in best}.items())
 
 
 def losses(content: Content) -> list[Chart]:

@@ -5,21 +5,23 @@ import contextlib
 import functools
 import hashlib
 import os
-import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lowvram.errors import LowVRAMError
 from lowvram.pages import about, comparison, folder, run_page
+from lowvram.pages.words import UNFIT
 
 if TYPE_CHECKING:
+    import torch
     from jinja2 import Environment
 
 NAME = "report.html"
 _TEMPLATES = Path(__file__).parent / "templates"
 _SECONDS = 0.5  # for pictures, while a training waits; those left out come with a later page
-_UNFIT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")  # for any HTML
 MOST_RUNS = 6
 
 
@@ -30,7 +32,8 @@ def write(run: str | Path, *, out: str | Path | None = None) -> Path:
         LowVRAMError: it is no run folder.
         OSError: the disk says no.
     """
-    return _write_run(Path(run).expanduser(), None if out is None else Path(out).expanduser(), None, None)
+    run = Path(run).expanduser()
+    return _save(run / NAME if out is None else Path(out).expanduser(), "run.html", run_page.view(folder.read(run)))
 
 
 def compare(runs: Sequence[str | Path], out: str | Path) -> Path:
@@ -58,18 +61,32 @@ class Data(Protocol):
     def __len__(self) -> int: ...
 
 
-def while_training(run: Path, data: Data, *, running: bool, say: Callable[[str], None]) -> None:
-    """Renew a run's page, and its about.json. No failure ends the training: `say` gets one line."""
+def while_training(
+    run: Path, data: Data, *, running: bool, say: Callable[[str], None], device: "torch.device | None" = None
+) -> None:
+    """Renew a run's page, and its about.json, which says later whether the training ended.
+
+    No failure ends the training: `say` gets one line. running: False with the last call of a session.
+    """
     try:
-        about.note(run, about.here(data=data.name, images=len(data)))
-        _write_run(run, None, running, _SECONDS)
+        content = folder.read(run, quick=True)
+        record = about.here(data=data.name, images=len(data), device=device)
+        _note(run, replace(record, kimg=content.kimg), running)
+        content = replace(content, about=about.read(run))
+        _save(run / NAME, "run.html", run_page.view(content, running=running, seconds=_SECONDS))
     except Exception as error:  # a mistake in a page must not cost days of training
         say(f"the run's page could not be written: {' '.join(str(error).split()) or type(error).__name__}")
 
 
-def _write_run(run: Path, out: Path | None, running: bool | None, seconds: float | None) -> Path:
-    content = folder.read(run, quick=seconds is not None)
-    return _save(out or run / NAME, "run.html", run_page.view(content, running=running, seconds=seconds))
+_BEGUN: dict[Path, str] = {}  # when the session that trains there wrote its first page
+
+
+def _note(run: Path, record: about.About, running: bool) -> None:
+    now = datetime.now(UTC).isoformat()
+    begun = _BEGUN.setdefault(run.absolute(), now)
+    if not running:
+        del _BEGUN[run.absolute()]
+    about.note(run, replace(record, begun=begun, ended="" if running else now))
 
 
 def _save(path: Path, template: str, values: dict[str, Any]) -> Path:
@@ -77,7 +94,7 @@ def _save(path: Path, template: str, values: dict[str, Any]) -> Path:
     text = _templates().get_template(template).render(**values, **_own_parts())
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        partial.write_text(_UNFIT.sub("�", text), encoding="utf-8", newline="\n")
+        partial.write_text(UNFIT.sub("�", text), encoding="utf-8", newline="\n")
         partial.replace(path)
     except BaseException:
         with contextlib.suppress(OSError):

@@ -2,7 +2,11 @@
 
 import json
 import math
+import re
 from typing import Any
+
+# What no HTML may hold, as it is or in its script.
+UNFIT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
 
 
 def number(value: float) -> str:

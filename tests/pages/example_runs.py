@@ -77,11 +77,15 @@ def run_folder(folder: Path, *words: str, lines: int = 40, every: int = 25, rece
     return folder
 
 
-def write_evaluation(folder: Path, step: int, **values: float) -> None:
+def write_evaluation(folder: Path, step: int, *, n: int = 64, truncation: float = 1.0, **values: Any) -> None:
     """What lowvram.evaluate leaves."""
     (folder / "metrics").mkdir(exist_ok=True)
-    record = {"step": step, "seed": 0, "values": values, "floor": {}, "generated_images": 64, "real_images": 64}
-    (folder / "metrics" / f"evaluation-{step:08d}-n64-seed0-truncation1.json").write_text(json.dumps(record))
+    record = {
+        "step": step, "seed": 0, "truncation": truncation, "values": values, "floor": {}, "generated_images": n,
+        "real_images": 50,
+    }  # fmt: skip
+    name = f"evaluation-{step:08d}-n{n}-seed0-truncation{truncation:g}.json"
+    (folder / "metrics" / name).write_text(json.dumps(record))
 
 
 @dataclass

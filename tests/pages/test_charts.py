@@ -2,6 +2,7 @@
 
 import re
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,6 +22,13 @@ def test_whatever_the_numbers_are_the_paths_are_bounded(line: list[tuple[float, 
             assert "e" not in place and -2000 <= float(place) <= 3000
     assert all(-0.01 <= at <= 100.01 for at, _ in (*made.x_ticks, *made.y_ticks))
     assert 1 <= len(made.y_ticks) <= 20
+
+
+@pytest.mark.parametrize("tiny", [5e-324, 1e-310, 1e-305, -1e-320])
+def test_numbers_too_small_for_a_tick_are_drawn(tiny: float) -> None:
+    for line in ([(0.0, 0.0), (1.0, tiny)], [(0.0, 1.0), (tiny, 2.0)], [(0.0, tiny), (1.0, 2 * tiny)]):
+        made = chart("Loss", "kimg", "loss", [Line(label="a", points=sorted(line))])
+        assert made is not None and 1 <= len(made.y_ticks) <= 20 and "nan" not in made.drawn[0].path
 
 
 @given(st.floats(-1e20, 1e20), st.floats(-1e20, 1e20))

@@ -1,6 +1,7 @@
 """Runs side by side."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from example_runs import Page, metrics_line, run_folder, session, write_evaluati
 
 from lowvram import pages
 from lowvram.errors import LowVRAMError
+from lowvram.pages import metrics
 from lowvram.receipt.ledger import Receipt
 from lowvram.receipt.rates import energy
 
@@ -38,10 +40,44 @@ def test_curves_go_over_images_hours_and_energy(two: tuple[Path, Path], tmp_path
     ends = (last["kimg"], last["seconds"] / 3600, last["kwh"])
     for table, end in zip(tables.values(), ends, strict=True):
         assert f"a {json.dumps(end)} {json.dumps(last['loss/G'])}" in table["Loss of G"]
-    hours, kwh = metrics_line(500)["seconds"] / 3600, metrics_line(500)["kwh"]
     # 500 steps of 32 images are 16 kimg, which the other batch's line of 1000 steps has
-    assert any("FID" in title for title in tables["over over-energy"])
-    assert hours > 0 and kwh > 0
+    for table, end in zip(tables.values(), ends, strict=True):
+        (fid,) = [text for title, text in table.items() if "FID" in title]
+        assert fid.endswith(f"{json.dumps(end)} 12.5")
+
+
+def test_points_that_no_line_places_are_left_out() -> None:
+    rows: list[metrics.Row] = [
+        {"step": n, "kimg": float(n), **({"kwh": n / 10} if n >= 4 else {})} for n in range(1, 11)
+    ]
+    found = metrics.Metrics(rows=tuple(rows))
+    points = [(x, x) for x in (0.0, 2.0, 3.99, 4.0, 5.5, 10.0, 11.0)]
+    assert found.moved(points, "kwh") == [(0.4, 4.0), (pytest.approx(0.55), 5.5), (1.0, 10.0)]
+    assert found.moved(points, "seconds") == []
+
+
+def test_a_long_run_whose_first_lines_know_no_energy_takes_no_longer() -> None:
+    rows: list[metrics.Row] = [
+        {"step": n, "kimg": n / 7, "loss/G": 1.0, **({"kwh": n / 9} if n > 10_000 else {})} for n in range(20_000)
+    ]
+    found = metrics.Metrics(rows=tuple(rows))
+    points = [(x + 0.01, y) for x, y in found.series("loss/G")]
+    begun = time.process_time()
+    assert len(found.moved(points, "kwh")) == 9_998
+    assert time.process_time() - begun < 2
+
+
+def test_runs_that_were_measured_differently_say_so(two: tuple[Path, Path], tmp_path: Path) -> None:
+    write_evaluation(two[0], 500, fid=20.0, n=1000)
+    write_evaluation(two[1], 500, fid=12.5, n=5000)
+    page = Page(pages.compare(two, tmp_path / "c.html"))
+    rows = [[page.text(cell) for cell in row] for row in page.all("tr")]
+    assert ["FID", "20 (after 8 kimg, 1,000 images)", "12.5 (after 16 kimg, 5,000 images)"] in rows
+    assert "b (5,000 images)" in page.text()
+    write_evaluation(two[1], 400, fid=99.0, n=1000)  # now both were measured so, and are compared by that
+    page = Page(pages.compare(two, tmp_path / "c.html"))
+    rows = [[page.text(cell) for cell in row] for row in page.all("tr")]
+    assert ["FID", "20 (after 8 kimg)", "99 (after 12.8 kimg)"] in rows
 
 
 def test_runs_of_different_tasks_and_ages_compare(tmp_path: Path) -> None:

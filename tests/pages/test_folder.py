@@ -2,12 +2,16 @@
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from example_runs import Page, metrics_line, run_folder, session, write_evaluation, write_grid
 
 from lowvram import pages
+from lowvram.errors import LowVRAMError
+from lowvram.pages import folder as folders
 from lowvram.pages import metrics
 from lowvram.receipt.ledger import Receipt
 
@@ -34,7 +38,8 @@ def test_nothing_in_a_folder_becomes_markup(tmp_path: Path) -> None:
     (folder / "metrics.jsonl").write_text(json.dumps(evil))
     Receipt((session(1, 0, 16, contributor=clean, machine=clean, energy_by=clean, currency=clean),)).write(folder)
     (folder / "about.json").write_text(json.dumps([{"python": EVIL, "data": EVIL, "images": 3, "device": EVIL}]))
-    write_evaluation(folder, 1, **{clean: 1.0})
+    named: dict[str, Any] = {clean: 1.0}
+    write_evaluation(folder, 1, **named)
     (folder / "checkpoints" / "step-00001000" / "state.json").write_text(json.dumps({"dataset": {"name": EVIL}}))
     (folder / "<script>alert(2)<").write_text("")
     page = page_of(folder)
@@ -55,11 +60,15 @@ def test_nothing_in_a_folder_becomes_markup(tmp_path: Path) -> None:
         "[" * 5000,
         "recipe: " + "9" * 100_000,
         "recipe: 2001-02-30",
+        "a: !!bool maybe",
+        "a: !!int ''",
+        "a: !!float ''",
+        "a: !!timestamp x",
         "\x00",
         "x: " + "y" * 2**18,
         "",
     ],
-    ids=range(12),
+    ids=range(16),
 )
 def test_a_hostile_recipe_is_said_and_not_obeyed(tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -92,7 +101,7 @@ def test_broken_lines_and_numbers_are_left_out_and_counted(tmp_path: Path) -> No
     (folder / "metrics.jsonl").write_text("\n".join(lines))
     page = page_of(folder)
     assert [row[0] for row in page.charts()["Loss of D"]] == ["0.16", "0.48"]
-    assert "2 values in metrics.jsonl are NaN or infinite" in page.text() or "3 values" in page.text()
+    assert "3 values in metrics.jsonl are NaN, infinite or beyond 1e30" in page.text()
     assert "6 lines of metrics.jsonl could not be read" in page.text()
 
 
@@ -134,6 +143,53 @@ def test_pictures_that_are_none_are_named_and_links_are_not_followed(tmp_path: P
     page = page_of(folder)
     assert len(page.all("img")) == 1
     assert "fakes_000016.png is no picture" in page.text() and "fakes_000008.png is no picture" in page.text()
+
+
+def test_a_recipe_that_is_a_link_is_none(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path / "run")
+    (folder / "recipe.yaml").rename(tmp_path / "private.yaml")
+    (folder / "recipe.yaml").symlink_to(tmp_path / "private.yaml")
+    with pytest.raises(LowVRAMError, match=r"its recipe\.yaml is a link"):
+        pages.write(folder)
+
+
+def test_checkpoints_that_are_links_are_not_followed(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path / "run")
+    (folder / "checkpoints" / "step-00001000").rename(tmp_path / "private")
+    (folder / "checkpoints" / "step-00001000").symlink_to(tmp_path / "private")
+    assert folders.read(folder).checkpoints == [] and folders.read(folder).data == ""
+
+
+@pytest.mark.parametrize(("name", "said"), [
+    ("", "run can't be read"), ("metrics", "The folder metrics can't be looked at"),
+    ("checkpoints", "The checkpoints can't be looked at"),
+])  # fmt: skip
+def test_what_may_not_be_read_is_said(tmp_path: Path, name: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = run_folder(tmp_path / "run")
+    write_evaluation(folder, 10, fid=5.0)
+    scandir = os.scandir
+
+    def refused(path: Path) -> Iterator[os.DirEntry[str]]:  # as for a user that is not root
+        if Path(path) == folder / name:
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    if name:
+        assert f"{said}: Permission denied" in page_of(folder).text()
+    else:
+        with pytest.raises(LowVRAMError, match=said):
+            pages.write(folder)
+
+
+def test_many_metrics_are_so_many_columns_and_no_more(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path / "run")
+    for step in range(1, 9):
+        values: dict[str, Any] = {f"metric{step}_{n}": 1.0 for n in range(40)}
+        write_evaluation(folder, step, **values)
+    page = page_of(folder)
+    assert max(len(list(row)) for row in page.all("tr")) <= 17
+    assert "304 more metrics are left out" in page.text()
 
 
 def test_an_image_bomb_is_not_unpacked(tmp_path: Path) -> None:

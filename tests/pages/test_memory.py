@@ -1,5 +1,6 @@
 """Memory on the page: the plan's numbers beside those measured, over the step and by phase."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from lowvram.pages.memory import memory
 from lowvram.pages.words import gigabytes
 from lowvram.planner.plan import Timeline
 
+_KINDS = ("allocated", "reserved")
+
 
 def test_prediction_and_measurement_stand_beside_each_other(tmp_path: Path) -> None:
     run = run_folder(tmp_path / "run")
@@ -24,10 +27,12 @@ def test_prediction_and_measurement_stand_beside_each_other(tmp_path: Path) -> N
     plan.save(run / "plan.json")
     page = Page(pages.write(run))
     text = page.text()
+    lines = (run / "metrics.jsonl").read_text().splitlines()
     assert f"{gigabytes(plan.device_bytes)} on the card" in text
     for phase in plan.phases:
         row = next(r for r in page.all("tr") if page.text(r).startswith(f"{phase.name} {gigabytes(phase.live_bytes)}"))
-        assert row is not None
+        measured = [max(json.loads(line)[f"peak_{kind}_bytes/{phase.name}"] for line in lines) for kind in _KINDS]
+        assert page.text(row).startswith(" ".join([phase.name, *map(gigabytes, [phase.live_bytes, *measured])]))
     found = memory(folders.read(run))
     assert found.step is not None and plan.timeline is not None
     assert len(found.step.areas) == 6 and found.step.measured.count("M") >= 1

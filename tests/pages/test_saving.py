@@ -7,10 +7,11 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from example_runs import Page, metrics_line, run_folder, write_evaluation, write_grid
+from example_runs import Page, metrics_line, run_folder, session, write_evaluation, write_grid
 
 from lowvram import pages
 from lowvram.errors import LowVRAMError
@@ -60,6 +61,22 @@ def test_quality_comes_from_evaluations(tmp_path: Path) -> None:
     assert rows == [["8.0", "123.456789"], ["16.0", "98.7654321"]]
 
 
+def test_evaluations_of_different_settings_are_told_apart(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path / "run")
+    for step, fid in ((500, 30.0), (1000, 20.0)):
+        write_evaluation(folder, step, n=5000, fid=fid)
+        write_evaluation(folder, step, n=5000, truncation=0.5, fid=fid - 15)
+    write_evaluation(folder, 1000, n=64, fid=200.0)
+    write_evaluation(folder, 750, n=64, truncation=0.5, fid=100.0)
+    page = page_of(folder)
+    assert page.charts()["FID"] == [
+        ["5,000 images", "8.0", "30.0"], ["5,000 images", "16.0", "20.0"],
+        ["5,000 images, truncation=0.5", "8.0", "15.0"], ["5,000 images, truncation=0.5", "16.0", "5.0"],
+    ]  # fmt: skip
+    assert "FID 20 Samples" in page.text()  # the newest, of most images, with the usual settings
+    assert "16 kimg, 64 images against 50 real ones 200" in page.text()
+
+
 def test_a_page_is_one_valid_file_that_asks_for_nothing(tmp_path: Path) -> None:
     page = page_of(run_folder(tmp_path / "run"))
     for element in page.tree.iter():
@@ -91,23 +108,6 @@ def test_the_command_repeats_the_run(tmp_path: Path) -> None:
     assert words == (
         "python -m lowvram.train recipe=faces32 kimg=16 'data.path=\"/photos of mine\"' optimizer.lr=0.001"
     )
-
-
-@pytest.mark.slow
-def test_the_command_composes_the_same_settings(tmp_path: Path) -> None:
-    import shlex
-
-    from lowvram.config import load_recipe, settings_values
-    from lowvram.pages import folder as folders
-    from lowvram.pages import recipe
-    from lowvram.run import Run
-
-    words = ("data.path=/photos 'of' mine, all", "vram=6GB", "optimizer.lr=0.001", "micro_batch.G=4")
-    run = run_folder(tmp_path / "run", *words)
-    said = shlex.split(recipe.command(folders.read(run)))
-    again = load_recipe("faces32", said[4:])
-    saved = Run.open(run).settings
-    assert {**settings_values(again), "out": None} == {**settings_values(saved), "out": None}
 
 
 def test_a_folder_of_an_older_version_opens(tmp_path: Path) -> None:
@@ -194,10 +194,10 @@ class Faces(list[int]):
 
 
 def test_no_failure_ends_a_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = run_folder(tmp_path / "run")
+    folder = run_folder(tmp_path / "run", "kimg=20")
     said: list[str] = []
     pages.while_training(folder, Faces([1, 2]), running=True, say=said.append)
-    assert not said and "In training: 16 kimg" not in page_of(folder).text()
+    assert not said and "In training: 16 kimg of 20" in Page(folder / "report.html").text()
     before = (folder / "report.html").read_text()
 
     def full(*_: object, **__: object) -> None:
@@ -225,6 +225,50 @@ def test_how_far_a_run_is(tmp_path: Path, kimg: int, running: bool, said: str) -
     assert "2 of the built-in drawn faces" in text
 
 
+def test_a_later_page_says_what_the_training_said(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path / "run", "kimg=20")
+    pages.while_training(folder, Faces([1]), running=True, say=print)
+    text = page_of(folder).text()
+    assert "In training" not in text and "At 16 kimg of 20 kimg; last line" in text  # killed, or not: who knows
+    pages.while_training(folder, Faces([1]), running=False, say=print)
+    assert "Stopped at 16 kimg of 20" in page_of(folder).text()
+    (session_,) = about.read(folder)
+    assert session_.begun < session_.ended and session_.kimg == 16
+    with (folder / "metrics.jsonl").open("a") as file:  # and it trains again
+        file.write(json.dumps(metrics_line(1100)) + "\n")
+    assert "At 17.6 kimg of 20" in page_of(folder).text()
+    pages.while_training(folder, Faces([1]), running=True, say=print)
+    assert [one.ended == "" for one in about.read(folder)] == [False, True]
+
+
+def test_the_last_line_is_as_old_as_the_receipt_says_also_of_a_copy(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path / "run", "kimg=20", receipt=False)
+    assert "last line 0 seconds" in page_of(folder).text() or "last line 1 seconds" in page_of(folder).text()
+    long_ago = {"begun": "2020-01-01T08:00:00+00:00", "ended": "2020-01-01T09:00:00+00:00"}
+    Receipt((replace(session(1, 0, 16000), **long_ago),)).write(folder)
+    (days,) = re.findall(r"last line ([\d.]+) days before this page", page_of(folder).text())
+    assert float(days) > 2000
+
+
+def test_the_device_is_that_of_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: f"card {device}")
+    assert about.here(device=torch.device("cpu")).device == "CPU"
+    assert about.here(device=torch.device("cuda:1")).device == "card cuda:1"
+
+
+def test_an_autoencoder_shows_reconstructions(tmp_path: Path) -> None:
+    from lowvram.config import load_recipe
+    from lowvram.run import Run
+
+    Run(tmp_path / "run", load_recipe("faces64_vae"), is_new=True).prepare()
+    write_grid(tmp_path / "run" / "fakes_000008.png")
+    write_evaluation(tmp_path / "run", 500, fid=12.5)
+    text = page_of(tmp_path / "run").text()
+    assert "encoded and decoded again" in text and "latents each time" not in text and "generated images" not in text
+
+
 def test_training_leaves_its_page(tiny: Callable[..., object], tmp_path: Path) -> None:
     from lowvram import Trainer
 
@@ -233,6 +277,7 @@ def test_training_leaves_its_page(tiny: Callable[..., object], tmp_path: Path) -
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert page.charts()["Loss of G"][-1] == [json.dumps(lines[-1]["kimg"]), json.dumps(lines[-1]["loss/G"])]
     assert "Done: 0.016 kimg" in page.text()
+    assert about.read(tmp_path / "run")[-1].ended and about.read(tmp_path / "run")[-1].device == "CPU"
     assert about.read(tmp_path / "run")[0].images > 0
 
 
