@@ -48,9 +48,7 @@ def test_the_figures_are_those_of_the_plan() -> None:
     less = section(said, "What a smaller budget gives")
     assert "half the length takes 11.8 days and costs $112.80" in less
     assert "GTX 1660 Super" not in less  # it has as much memory, takes longer and draws more
-    assert (
-        "least energy and quickest:** H200: 20.0 hours, 12 kWh, cheaper than this plan if rented" in less
-    )
+    assert "least energy and quickest:** H200: 20.0 hours, 12 kWh, cheaper than this plan if rented" in less
     assert "recipe `faces128` on the same card, 25,000,000 images: 16.7 days, 40 kWh, $160.00" in less
     assert "To see." in section(said, "Aim")
 
