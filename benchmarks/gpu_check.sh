@@ -114,6 +114,7 @@ if [[ $rehearse ]]; then
   peers="--small --seconds 1 --only diffusers_unet,timm_vit"
   fine_tuning="recipe=sd15_lora memory=recipe resolution=64 data.builtin_count=4 data.workers=0 --steps 1 --warmup 1"
   fine_tuning="$fine_tuning --json $out/fine_tuning.json"
+  energy_seconds=0.3
   training="$tiny kimg=0.064 log_kimg=0.016 snapshot_kimg=0.032 grid=4 --seconds 60"
 else
   tests="tests/kernels"
@@ -125,6 +126,7 @@ else
   fine_tuning="-m recipe=sd15_finetune,sd15_lora,sd15_textual_inversion,sdxl_lora,sdxl_finetune vram=4GB,6GB"
   fine_tuning="$fine_tuning data.builtin_count=8 out=$out --steps 5"
   peers="--seconds 3 --only diffusers_unet,torchvision_resnet50,timm_vit" # kernels has the optimizers
+  energy_seconds=8
   training="recipe=faces64 batch=64 vram=6GB snapshot_kimg=5 data.builtin_count=2000 --seconds 45"
 fi
 [[ $(lacking xdist) ]] || tests="$tests -n $(($(nproc) < 8 ? $(nproc) : 8)) --dist worksteal"
@@ -156,6 +158,7 @@ fi
   # Random weights of the published sizes: memory and speed are those of the published ones.
   part fine_tuning 400 "$hydra transformers peft" \
     "$python" -m benchmarks.train_step $fine_tuning weights=random batch=1
+  part energy 60 "pynvml $hydra" "$python" -m benchmarks.energy seconds=$energy_seconds json="$out/energy.json"
   part denoiser_step 45 "$hydra diffusers" "$python" -m benchmarks.denoiser_step $denoiser --json "$out/denoiser_step.json"
 }
 [[ $ran ]] || { echo "gpu_check: --only $only names no part" >&2; exit 64; }
