@@ -4,6 +4,9 @@ recipe.yaml          the settings, complete
 metrics.jsonl        one JSON object a line
 receipt.json         what it took, and on whose machines (see lowvram.receipt.ledger)
 plan.json, plan.png  how the training was made to fit the card, where it was planned
+receipt.json         what each session took (see lowvram.receipt)
+report.html          the run's page; about.json: versions, data and state of each session (see lowvram.pages)
+metrics/             what lowvram.evaluate found
 reals.png            images of the data set
 fakes_000000.png     samples, named by the thousands of images seen
 checkpoints/         step-XXXXXXXX folders (see lowvram.checkpoint)
