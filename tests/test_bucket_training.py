@@ -77,6 +77,7 @@ def state(folder: Path) -> dict[str, torch.Tensor]:
     return {f"{f} {name}": t for f in files for name, t in load_file(newest / f"{f}.safetensors").items()}
 
 
+@pytest.mark.slow
 def test_a_run_stopped_and_resumed_is_the_same_run(recipe, tmp_path):
     trainer = Trainer(recipe(), quiet=True)
     seen = watch(trainer)

@@ -69,6 +69,7 @@ def test_the_autoencoder_is_trained_first_and_once(
     assert float(z.std()) == pytest.approx(1, abs=0.02)
 
 
+@pytest.mark.slow
 def test_an_autoencoder_of_other_data_is_not_taken(staged: Staged, tmp_path: Path) -> None:
     Trainer(staged("one"), quiet=True)
     Trainer(staged("two", "data.builtin_count=40"), quiet=True)
@@ -114,7 +115,7 @@ def test_stopping_within_the_first_stage_ends_both(
     assert checkpoint.latest_good(tmp_path / "runs/tiny_vae/checkpoints") is not None
 
 
-@pytest.mark.parametrize("words", [(), UNET_CLASSES, DIT_WORDS])
+@pytest.mark.parametrize("words", [pytest.param((), marks=pytest.mark.slow), UNET_CLASSES, DIT_WORDS])
 def test_a_run_folder_is_all_that_sampling_needs(
     words: tuple[str, ...], staged: Staged, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -138,6 +139,7 @@ def test_a_run_folder_is_all_that_sampling_needs(
     assert folders(moved.parent) == ["run"]
 
 
+@pytest.mark.slow
 def test_going_on_in_another_folder_keeps_the_autoencoder(staged: Staged, tmp_path: Path) -> None:
     first = Trainer(staged("one"), quiet=True)
     first.fit()

@@ -118,6 +118,7 @@ def test_an_exported_pipeline_samples_the_same_in_diffusers(home: Home, tmp_path
     differs(home, "full")
 
 
+@pytest.mark.slow
 def test_merged_low_rank_weights_sample_the_same(home: Home, tmp_path: Path) -> None:
     folder = converted(home, "lora", tmp_path / "pipeline", to="diffusers")
     assert_same_image(home.image("lora"), by_diffusers(load_pipeline(folder)))

@@ -169,7 +169,9 @@ def test_values_of_the_file_may_be_named(home: Home) -> None:
     assert home.trainer(f"lora.begin={file}", *words).recipe.lora.rank == 4
 
 
-@pytest.mark.parametrize("train_text", [False, True], ids=["text kept", "text trained"])
+@pytest.mark.parametrize(
+    "train_text", [pytest.param(False, marks=pytest.mark.slow), True], ids=["text kept", "text trained"]
+)
 def test_files_stay_frozen_under_what_is_trained(train_text: bool, home: Home, tmp_path: Path) -> None:
     one, two = home.file("kohya_with_text", **FILES["kohya with text"]), home.file("diffusers")
     scale = "0.8|0.5"
@@ -213,6 +215,7 @@ def test_a_stack_under_memory_policies(technique: str, home: Home) -> None:
 # Scales of several files.
 
 
+@pytest.mark.slow
 def test_each_file_has_its_scale(home: Home, tmp_path: Path) -> None:
     one, two = home.file("kohya_with_text", **FILES["kohya with text"]), home.file("diffusers")
     plain, both = by_files(home, one), by_files(home, one, two)

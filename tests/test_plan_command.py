@@ -112,6 +112,7 @@ def test_nonsense(plans: Plans, words: list[str], problem: str, remedy: str, tmp
     assert not (tmp_path / "plans").exists()
 
 
+@pytest.mark.slow
 def test_what_is_allowed_is_used_only_if_nothing_fits_without(plans: Plans, tmp_path: Path) -> None:
     """R1 needs the most here, and nothing else may be saved: by finite differences it needs less."""
     words = [
@@ -187,7 +188,7 @@ def test_smaller_images_are_those_of_the_next_recipe(monkeypatch: pytest.MonkeyP
     given = config.load_recipe("faces256", config.short_forms(["vram=6GB", "price=$0.40/h", "kimg=1"]))
     command._smaller(given, "RTX 2060", 2)
     settings, where = asked[0]
-    assert (settings.recipe, settings.vram, settings.price, settings.kimg) == ("faces128", "6GB", "$0.40/h", 25000)
+    assert (settings.recipe, settings.vram, settings.price, settings.kimg) == ("faces128", "6GB", "$0.40/h", 1)
     assert where == {"card": "RTX 2060", "processes": 2}
     for name in ("faces32", "sd15_finetune", "faces256_vae"):
         assert command._smaller(config.load_recipe(name), "RTX 2060", 1) is None

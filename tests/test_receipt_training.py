@@ -186,6 +186,7 @@ def photos(folder: Path, count: int = 12) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_run_moves_to_another_machine(tmp_path: Path, tiny: Make) -> None:
     here, there = tmp_path / "here", tmp_path / "there"
     data = photos(here / "photos")

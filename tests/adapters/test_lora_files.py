@@ -83,7 +83,7 @@ def outputs(networks: dict[str, nn.Module], pipeline: Any) -> dict[str, Tensor]:
     [
         ("sd1", "diffusers", False),
         ("sd1", "kohya", False),
-        ("sdxl", "diffusers", True),
+        pytest.param("sdxl", "diffusers", True, marks=pytest.mark.slow),
         pytest.param("sdxl", "kohya", False, marks=pytest.mark.slow),
     ],
 )

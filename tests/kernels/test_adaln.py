@@ -136,6 +136,7 @@ def test_tokens_beyond_32_bits_are_addressed_in_64() -> None:
         assert programs <= (512 if "STEPS" in options else 1 << 20)
 
 
+@pytest.mark.slow
 def test_compiles_for_every_card_into_wide_accesses() -> None:
     records = compile_all(
         """

@@ -295,6 +295,7 @@ def test_what_was_rounded_stays(code: str) -> None:
     assert torch.equal(again[0], codes) and torch.equal(again[1], scales)
 
 
+@pytest.mark.slow
 def test_compiles_for_every_card_into_wide_accesses() -> None:
     """Whole blocks of weights, gradients and moments go 16 bytes at a time; what is left over, element by element."""
     code = """

@@ -163,6 +163,7 @@ def test_the_energy_of_kernels(impl, shape):
         assert torch.autograd.gradgradcheck(lambda w: kernel_energy(w, impl=impl), wide, fast_mode=True)
 
 
+@pytest.mark.slow
 def test_compiles_for_every_card_into_wide_accesses():
     records = compile_all(
         """

@@ -198,6 +198,7 @@ run((2, 640, 64, 64), 32, torch.bfloat16, last=True, modulated=True)
 """
 
 
+@pytest.mark.slow
 def test_compiles_for_every_card_into_wide_accesses() -> None:
     records = compile_all(COMPILED)
     assert {r["architecture"] for r in records} == set(ARCHITECTURES)

@@ -102,6 +102,7 @@ def test_rows_beyond_32_bits_are_addressed_in_64() -> None:
     assert parts <= 512  # rows of fp32 that are left to be summed
 
 
+@pytest.mark.slow
 def test_compiles_for_every_card_into_wide_accesses() -> None:
     records = compile_all(
         """

@@ -438,6 +438,7 @@ def test_a_device_or_machine_that_can_not_is_named(monkeypatch: pytest.MonkeyPat
 # Two processes.
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path: Path, plain_gan: Gan) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__]
     environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "PATH": "/usr/bin"}

@@ -53,6 +53,7 @@ SHARES = st.floats(0.0, 1.0)
 
 @given(shares=st.tuples(SHARES, SHARES))
 @settings(max_examples=60)
+@pytest.mark.slow
 def test_more_memory_is_never_slower(search: Search, span: tuple[int, int], shares: tuple[float, float]) -> None:
     less, more = (budget(span, share) for share in sorted(shares))
     before, after = search.within(less).best, search.within(more).best
