@@ -132,4 +132,4 @@ def _repeat(run: Callable[[], Any], device: torch.device, seconds: float) -> int
 
 
 if __name__ == "__main__":
-    command(Options, main, "energy")
+    command(Options, main, "benchmarks.energy")

@@ -225,4 +225,4 @@ def _photo_paths(folder: str | None) -> Sequence[Path]:
 
 
 if __name__ == "__main__":
-    command(Options, main, "marks")
+    command(Options, main, "benchmarks.marks")

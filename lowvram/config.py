@@ -339,7 +339,7 @@ def _option_value(field: "dataclasses.Field[Any]", word: str) -> tuple[str, Any]
 
 def _options_help(options_type: type, name: str) -> str:
     summary = inspect.cleandoc(options_type.__doc__ or "")
-    lines = [f"python -m lowvram.{name} option=value ...", "", summary, ""]
+    lines = [f"python -m {name if '.' in name else f'lowvram.{name}'} option=value ...", "", summary, ""]
     for field in dataclasses.fields(options_type):
         has_default = field.default is not dataclasses.MISSING
         default = json.dumps(field.default).strip('"') if has_default else "..."

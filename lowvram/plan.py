@@ -16,7 +16,7 @@ _OWN = {
     "card": "a card by name (card=3060); else the one that is there, else a usual one of the budget's size",
     "allow": "what may be changed of the training: adam8bit, fd_r1, pl_shrink (allow=[fd_r1,pl_shrink])",
     "processes": "that train together, each on such a card (accelerate launch --num_processes N); 1 unless given",
-    "costs": "true: what the same training takes on every card that is known; about as long again",
+    "costs": "true: what the same training takes on every card that is known; half as long again",
     "proposal": "true: with costs, and proposal.md, one page that asks for compute; needs a plan of smaller images too",
     "aim": 'what the training is for, in your words, for the proposal (aim="...")',
     "out": "the folder for plan.json and plan.png; plans/RECIPE-VRAM unless given",
