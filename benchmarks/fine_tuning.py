@@ -341,7 +341,7 @@ def main() -> None:
         print(__doc__)
         return
     work: Callable[[Options], None] = prove
-    command(Options, work, "fine_tuning")
+    command(Options, work, "benchmarks.fine_tuning")
 
 
 if __name__ == "__main__":
