@@ -294,8 +294,8 @@ def report_errors(run: Callable[[], None], arguments: list[str]) -> None:
 def command(options_type: type[_Options], main: Callable[[_Options], None], name: str) -> None:
     """Entry of a command whose options are the fields of a dataclass: `key=value` words, `--help`, clear errors.
 
-    A field's `metadata={"help": "..."}` is its line in --help. Fields without a default must be given. name: the module,
-    with its package where that is not lowvram.
+    A field's `metadata={"help": "..."}` is its line in --help. Fields without a default must be given.
+    name: the module, with its package where that is not lowvram.
     """
     arguments = sys.argv[1:]
 
