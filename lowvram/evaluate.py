@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,6 +45,10 @@ class EvaluateOptions:
     guidance: float | None = field(default=None, metadata=_help("diffusion: 1 measures what was learned"))
     metrics: str = field(default=_ALL, metadata=_help("some of these"))
     floor: bool = field(default=True, metadata=_help("also measure between two halves of the real images"))
+    backbone: str = field(
+        default="efficientnet_lite0",
+        metadata=_help("whose features frechet and precision_recall are of: this, random_conv (untrained), or both"),
+    )
     feature_size: int = field(default=224, metadata=_help("input of EfficientNet-Lite0; 96 is six times as quick"))
     inception: str | None = field(default=None, metadata=_help("weights for FID (looked for in torch hub's cache)"))
     checkpoint: str = field(default="latest", metadata=_help("a step's number, or latest"))
@@ -67,7 +72,7 @@ def main(options: EvaluateOptions) -> None:
     checkpoint = Run.open(folder).find_checkpoint(options.checkpoint)
     step = int(checkpoint.name.removeprefix("step-"))
     task = load_run(folder, checkpoint=str(step), device=options.device)
-    metrics = [word.strip() for word in options.metrics.split(",") if word.strip()]
+    metrics, backbones = (_words(names) for names in (options.metrics, options.backbone))
     result = evaluate(
         task,
         n=options.n,
@@ -76,6 +81,7 @@ def main(options: EvaluateOptions) -> None:
         noise_mode=options.noise,
         metrics=metrics,
         floor=options.floor,
+        backbones=backbones,
         feature_size=options.feature_size,
         inception=options.inception,
         micro_batch=options.micro_batch,
@@ -98,10 +104,14 @@ def main(options: EvaluateOptions) -> None:
         print(f"lowvram: wrote {pages.write(folder)}")
 
 
+def _words(names: str) -> list[str]:
+    return [word.strip() for word in names.split(",") if word.strip()]
+
+
 def _more(options: EvaluateOptions) -> str:
     """What else was asked for than is usual, as a few digits, so that no evaluation takes another's place."""
     usual = {field.name: field.default for field in fields(EvaluateOptions)}
-    names = ("noise", "metrics", "feature_size", *_DIFFUSION)
+    names = ("noise", "metrics", "backbone", "feature_size", *_DIFFUSION)
     asked = {name: getattr(options, name) for name in names if getattr(options, name) != usual[name]}
     return f"-{hashlib.sha256(json.dumps(asked, default=str).encode()).hexdigest()[:8]}" if asked else ""
 
@@ -115,6 +125,7 @@ def evaluate(
     noise_mode: str = "random",
     metrics: list[str] | None = None,
     floor: bool = True,
+    backbones: Iterable[str] = ("efficientnet_lite0",),
     feature_size: int = 224,
     inception: str | None = None,
     micro_batch: int | None = None,
@@ -158,6 +169,7 @@ def evaluate(
         n=n,
         metrics=wanted,
         floor=floor,
+        backbones=backbones,
         mirror=data.mirror,
         feature_size=feature_size,
         inception=inception,

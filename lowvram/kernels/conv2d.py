@@ -1,10 +1,10 @@
-"""y = conv(style * x, w), lean in both derivatives. Shapes: x [B, I, H, W], w [O, I, k, k], style [B, I].
+"""y = conv(style * x, w), lean in both derivatives. Shapes: x [B, I, H, W], w [O, I / groups, k, k], style [B, I].
 
 A convolution is linear in x and in w, so its derivatives of every order are built of three maps: convolution,
 transposed convolution and weight gradient; here each is differentiated by the other two. PyTorch's own second
-derivative takes the weight's part by a convolution with kernels as large as the image (1.5 to 3 times slower), and a
-style applied outside would keep style * x as well as x. The convolutions are PyTorch's own; style * x and its
-backward are a Triton kernel each where there is Triton (see `modulated_conv`).
+derivative takes the weight's part by a convolution with kernels as large as the image (1.5 to 3 times slower), and
+group by group where there are several; a style applied outside would keep style * x as well as x. The convolutions are
+PyTorch's own; style * x and its backward are a Triton kernel each where there is Triton (see `modulated_conv`).
 """
 
 from typing import Any, NamedTuple
@@ -18,13 +18,14 @@ from lowvram.kernels.modulated_conv import fits_triton, modulate, modulate_backw
 
 
 class _Geometry(NamedTuple):
-    """Of w [O, I, k, k]: a plain convolution leads from I to O channels, a transposed one from O to I."""
+    """Of w [O, I / groups, k, k]: a plain convolution leads from I to O channels, a transposed one from O to I."""
 
     kernel: int
     stride: int
     padding: int
     transposed: bool
     output_padding: tuple[int, int] = (0, 0)
+    groups: int = 1
 
     def adjoint(self, x: Tensor) -> "_Geometry":
         """The geometry that leads from the output back to x [B, C, H, W]."""
@@ -43,17 +44,23 @@ class _Geometry(NamedTuple):
 
 
 def _convolve(x: Tensor, w: Tensor, geometry: _Geometry) -> Tensor:
-    _, stride, padding, transposed, output_padding = geometry
-    return torch.convolution(x, w, None, [stride] * 2, [padding] * 2, [1, 1], transposed, list(output_padding), 1)
+    _, stride, padding, transposed, output_padding, groups = geometry
+    return torch.convolution(x, w, None, [stride] * 2, [padding] * 2, [1, 1], transposed, list(output_padding), groups)
 
 
 def plain(
-    x: Tensor, w: Tensor, style: Tensor | None = None, stride: int = 1, padding: int = 0, transposed: bool = False
+    x: Tensor,
+    w: Tensor,
+    style: Tensor | None = None,
+    stride: int = 1,
+    padding: int = 0,
+    transposed: bool = False,
+    groups: int = 1,
 ) -> Tensor:
     """The meaning, differentiable by autograd to any order."""
     if style is not None:
         x = x * style[:, :, None, None]
-    return (F.conv_transpose2d if transposed else F.conv2d)(x, w, stride=stride, padding=padding)
+    return (F.conv_transpose2d if transposed else F.conv2d)(x, w, stride=stride, padding=padding, groups=groups)
 
 
 class _Convolve(torch.autograd.Function):
@@ -119,17 +126,17 @@ class _WeightProxy(torch.autograd.Function):
 
 
 class _WeightGrad(torch.autograd.Function):
-    """d(sum(dy * conv(x, w))) / dw for a plain convolution: dy [B, O, h, w], x [B, I, H, W] -> [O, I, k, k]."""
+    """d(sum(dy * conv(x, w))) / dw of a plain convolution: dy [B, O, h, w], x [B, I, H, W] -> [O, I / groups, k, k]."""
 
     @staticmethod
     def forward(ctx: Any, dy: Tensor, x: Tensor, geometry: _Geometry, triton: bool) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.geometry, ctx.triton = geometry, triton
         ctx.save_for_backward(dy, x)
-        kernel, stride, padding, _, _ = geometry
-        w = dy.new_empty(dy.shape[1], x.shape[1], kernel, kernel)  # only its shape is read
+        kernel, stride, padding, _, _, groups = geometry
+        w = dy.new_empty(dy.shape[1], x.shape[1] // groups, kernel, kernel)  # only its shape is read
         return torch.ops.aten.convolution_backward(
-            dy, x, w, None, [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], 1, [False, True, False]
+            dy, x, w, None, [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], groups, [False, True, False]
         )[1]
 
     @staticmethod
@@ -146,7 +153,8 @@ class _WeightGrad(torch.autograd.Function):
 def _conv(x: Tensor, w: Tensor, style: Tensor | None, geometry: _Geometry, triton: bool) -> Tensor:
     proxy = None
     if w.requires_grad and torch.is_grad_enabled():
-        shape = [x.shape[0], w.shape[1 if geometry.transposed else 0], *geometry.output_size(x)]
+        channels = w.shape[1] * geometry.groups if geometry.transposed else w.shape[0]
+        shape = [x.shape[0], channels, *geometry.output_size(x)]
         proxy = _WeightProxy.apply(w, (x, style), shape, geometry, triton)
     return _Convolve.apply(x, w, style, proxy, geometry, triton)
 
@@ -168,18 +176,24 @@ def conv2d(
     stride: int = 1,
     padding: int = 0,
     transposed: bool = False,
+    groups: int = 1,
     impl: Impl = "auto",
 ) -> Tensor:
     """Convolution (a correlation, as everywhere in PyTorch) of style * x; exact first and second derivatives.
 
-    x: [B, I, H, W]; w: [O, I, k, k], or [I, O, k, k] for transposed=True; style: [B, I] or None; all of one dtype.
+    x: [B, I, H, W]; w: [O, I / groups, k, k], or [I, O / groups, k, k] for transposed=True; style: [B, I] or None; all
+    of one dtype. groups: parts of the channels that know nothing of each other.
     Keeps x, w and style for the backward, and nothing else. Returns what F.conv2d or F.conv_transpose2d would; under
     autocast all of it in autocast's dtype.
     """
-    if w.ndim != 4 or w.shape[2] != w.shape[3] or x.ndim != 4 or x.shape[1] != w.shape[0 if transposed else 1]:
+    if w.ndim != 4 or w.shape[2] != w.shape[3] or x.ndim != 4:
+        fits = False
+    else:
+        fits = x.shape[1] == (w.shape[0] if transposed else w.shape[1] * groups) and w.shape[0] % groups == 0
+    if not fits:
         raise ValueError(f"x {tuple(x.shape)} and w {tuple(w.shape)} don't fit a convolution with a square kernel")
     if style is not None and style.shape != x.shape[:2]:
         raise ValueError(f"style {tuple(style.shape)} must be [B, I] of x {tuple(x.shape)}")
     triton = runs_triton(impl, x) and style is not None and fits_triton(x)
     x, w, style = _autocast(x, w, style)
-    return _conv(x, w, style, _Geometry(w.shape[2], stride, padding, transposed), triton)
+    return _conv(x, w, style, _Geometry(w.shape[2], stride, padding, transposed, groups=groups), triton)

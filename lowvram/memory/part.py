@@ -1,6 +1,6 @@
 """Parameters that one inner optimizer changes at one time: a whole network's, a block's, or a single one."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,6 +9,13 @@ from torch import Tensor, nn
 from lowvram import seeded
 from lowvram.memory import host, optimizers
 from lowvram.memory.policy import BITSANDBYTES, NARROW
+
+_SCHEDULED = ("lr", "betas")
+
+
+def scheduled(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The hyperparameters of a group of parameters that a schedule may change while training: step size and betas."""
+    return {name: group[name] for name in _SCHEDULED if name in group}
 
 
 class Part:
@@ -56,16 +63,18 @@ class Part:
         self._download()
 
     @torch.no_grad()
-    def step(self, grads: Sequence[Tensor | None], factor: float, *, lr: float, seed: int, count: int) -> None:
+    def step(
+        self, grads: Sequence[Tensor | None], factor: float, *, now: Mapping[str, Any], seed: int, count: int
+    ) -> None:
         """Change the parameters, which are on the device, by factor * gradient; gradients may lie on the host.
 
-        lr: the step size, which a schedule may change from one step to the next.
+        now: hyperparameters that a schedule may change from one step to the next, see `scheduled`.
         seed, count: root of the rounding's random numbers, and the number of updates before this one.
         """
         theirs = [shell.grad for shell in self.shells]
         try:
             if not self._stepped:  # else a call that something interrupted after the step goes on
-                self.optimizer.param_groups[0]["lr"] = lr
+                self._follow(now)
                 for shell, param, grad in zip(self.shells, self.params, grads, strict=True):
                     if self.narrow:
                         shell.data = param.detach().float()
@@ -89,6 +98,14 @@ class Part:
         if self._host_state is not None:
             self._host_state = []
             self._download()
+
+    def _follow(self, now: Mapping[str, Any]) -> None:
+        group = self.optimizer.param_groups[0]
+        if "betas" in now and (now["betas"][0] == 0) != (group["betas"][0] == 0):
+            raise ValueError(
+                f"beta1 went from {group['betas'][0]} to {now['betas'][0]}: with 0 no first moment is kept"
+            )
+        group.update(now)
 
     def _put_away(self, grads: Sequence[Tensor | None]) -> None:
         """Leave state and stand-ins as between steps, and these gradients."""

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from lowvram.errors import LowVRAMError
 from lowvram.memory import fsdp, host, optimizer_convert, optimizers
-from lowvram.memory.part import Part
+from lowvram.memory.part import Part, scheduled
 from lowvram.memory.policy import NARROW, OptimizerPolicy
 from lowvram.memory.precision import LossScale
 from lowvram.memory.stream import BlockStream
@@ -54,13 +54,14 @@ class Bucket:
 class Pending:
     """An update that is decided on, and still to be applied to the buckets in `left`, except the parts in `done`.
 
-    factor: on the gradients. count: updates before this one. params: those that got a gradient. lrs: by group.
+    factor: on the gradients. count: updates before this one. params: those that got a gradient. now: what schedules
+    change, by group.
     """
 
     factor: float
     count: int
     params: frozenset[nn.Parameter]
-    lrs: list[float]
+    now: list[dict[str, Any]]
     left: dict[str, Bucket]
     done: set[Part] = field(default_factory=set)
 
@@ -71,7 +72,7 @@ class Updater:
     Args:
         name: of the optimizer, in errors.
         optimizer: the task's own, whose hyperparameters hold; it is not stepped. Its groups of parameters may differ in
-            step size, which a schedule may change, and in weight decay.
+            step size and in weight decay. A schedule may change step size and betas.
         blocks: parameters by the name of their block; the others are a bucket of their own.
         streams: of the streamed networks, by the name of their blocks.
         scale: the factor on the loss under fp16 autocast, or None.
@@ -170,7 +171,7 @@ class Updater:
         self._norms[param] = _norm(grad)
         self._stepped_inside = True
         part = self._part_of[param]
-        part.step([grad], 1.0, lr=self._lrs()[part.group], seed=self.seed, count=self.count)
+        part.step([grad], 1.0, now=self._now()[part.group], seed=self.seed, count=self.count)
         bucket = self._bucket_of[param]
         if bucket.stream is not None:
             bucket.stream.mark_changed(bucket.name)
@@ -246,11 +247,11 @@ class Updater:
 
     def _plan(self, factor: float, params: frozenset[nn.Parameter]) -> None:
         left = dict(self.buckets)
-        self._pending = Pending(factor=factor, count=self.count, params=params, lrs=self._lrs(), left=left)
+        self._pending = Pending(factor=factor, count=self.count, params=params, now=self._now(), left=left)
 
-    def _lrs(self) -> list[float]:
-        """Of the groups of the task's own optimizer now, so that schedules work."""
-        return [group["lr"] for group in self.like.param_groups]
+    def _now(self) -> list[dict[str, Any]]:
+        """Step size and betas of the groups of the task's own optimizer now, so that schedules work."""
+        return [scheduled(group) for group in self.like.param_groups]
 
     def flush(self) -> None:
         """Apply what is pending, and bring everything that is kept on the host up to date there."""
@@ -295,8 +296,8 @@ class Updater:
         for part in bucket.parts:
             if part not in pending.done:
                 given = [grads[p] if p in pending.params else None for p in part.params]
-                lr = pending.lrs[part.group]
-                part.step(given, pending.factor, lr=lr, seed=self.seed, count=pending.count)
+                now = pending.now[part.group]
+                part.step(given, pending.factor, now=now, seed=self.seed, count=pending.count)
                 pending.done.add(part)
         for param in bucket.params:
             param.grad = None

@@ -12,7 +12,14 @@ from torch import Tensor
 
 from lowvram.bars import bar
 from lowvram.errors import LowVRAMError
-from lowvram.metrics.features import INCEPTION_FILES, EfficientNetLite0, FeatureExtractor, InceptionV3, find_inception
+from lowvram.metrics.features import (
+    INCEPTION_FILES,
+    EfficientNetLite0,
+    FeatureExtractor,
+    InceptionV3,
+    RandomConv,
+    find_inception,
+)
 from lowvram.metrics.frechet import frechet_distance
 from lowvram.metrics.precision_recall import precision_recall
 from lowvram.metrics.real import (
@@ -27,6 +34,7 @@ from lowvram.metrics.real import (
 from lowvram.metrics.sliced_wasserstein import PatchDescriptors, sliced_wasserstein
 
 METRICS = ("frechet", "precision_recall", "swd", "fid")
+BACKBONES = ("efficientnet_lite0", "random_conv")  # whose features frechet and precision_recall are of
 FEWEST_IMAGES = 8  # so that each half has more than the neighbours of precision and recall
 # Precision and recall need each image's features and all distances between them: 51 MB, and seconds, for this many.
 PRECISION_RECALL_IMAGES = 10_000
@@ -84,12 +92,21 @@ def check_counts(n: int, real: Images) -> None:
 
 def check_metrics(names: Iterable[str]) -> tuple[str, ...]:
     """The names, if all are known."""
+    return _known("metrics", names, METRICS)
+
+
+def check_backbones(names: Iterable[str]) -> tuple[str, ...]:
+    """The names, each once, if all are known."""
+    return tuple(dict.fromkeys(_known("backbone", names, BACKBONES)))
+
+
+def _known(option: str, names: Iterable[str], known: tuple[str, ...]) -> tuple[str, ...]:
     names = tuple(names)
     for name in names:
-        if name not in METRICS:
-            raise LowVRAMError(f"metrics={name} is not known.", f"Use some of {', '.join(METRICS)}.")
+        if name not in known:
+            raise LowVRAMError(f"{option}={name} is not known.", f"Use some of {', '.join(known)}.")
     if not names:
-        raise LowVRAMError("metrics names nothing to measure.", f"Use some of {', '.join(METRICS)}.")
+        raise LowVRAMError(f"{option} names nothing to measure.", f"Use some of {', '.join(known)}.")
     return names
 
 
@@ -101,6 +118,7 @@ def evaluate_images(
     metrics: Iterable[str] = METRICS,
     floor: bool = True,
     mirror: bool = False,
+    backbones: Iterable[str] = BACKBONES[:1],
     feature_size: int = 224,
     inception: str | None = None,
     device: torch.device | str = "cpu",
@@ -116,6 +134,7 @@ def evaluate_images(
         metrics: some of METRICS.
         floor: also measure between two halves of the real images.
         mirror: compare with mirrored real images too, as a generator trained with mirroring should.
+        backbones: some of BACKBONES. frechet and precision_recall are taken of each, with its name in theirs.
         feature_size: pixels that images are resized to for EfficientNet-Lite0; another size is another metric.
         inception: the weights for FID; otherwise torch hub's cache is looked at. Never downloaded.
         device: where features are computed. workers: processes that read real images.
@@ -123,13 +142,13 @@ def evaluate_images(
             time, of the number given next. None: memory must suffice.
 
     Raises:
-        LowVRAMError: an unknown metric, too few images, inception is no file or another network's.
+        LowVRAMError: an unknown metric or backbone, too few images, inception is no file or another network's.
     """
-    wanted = check_metrics(metrics)
+    wanted, judges = check_metrics(metrics), check_backbones(backbones)
     check_counts(n, real)
     n_real = min(n, len(real))
     result = Evaluation(generated_images=n, real_images=n_real, floor_images=n_real // 2)
-    extractors = _extractors(wanted, feature_size, inception, device, result)
+    extractors = _extractors(wanted, judges, feature_size, inception, device, result)
     if not extractors and "swd" not in wanted:
         return result  # only FID was asked for, and can't be had
     if in_slices is not None:
@@ -186,12 +205,20 @@ Measured = tuple[dict[str, float], dict[str, float]]  # values, floors
 
 
 def _extractors(
-    wanted: tuple[str, ...], feature_size: int, inception: str | None, device: torch.device | str, result: Evaluation
+    wanted: tuple[str, ...],
+    backbones: tuple[str, ...],
+    feature_size: int,
+    inception: str | None,
+    device: torch.device | str,
+    result: Evaluation,
 ) -> list[FeatureExtractor]:
     extractors: list[FeatureExtractor] = []
     weights = find_inception(inception) if "fid" in wanted else None
     if "frechet" in wanted or "precision_recall" in wanted:
-        extractors.append(EfficientNetLite0(device, feature_size))
+        if "efficientnet_lite0" in backbones:
+            extractors.append(EfficientNetLite0(device, feature_size))
+        if "random_conv" in backbones:
+            extractors.append(RandomConv(device))
     if weights is not None:
         extractor = InceptionV3(weights, device)
         extractors.append(extractor)
@@ -284,8 +311,8 @@ def _add_notes(result: Evaluation, extractors: list[FeatureExtractor], swd_image
     for extractor in extractors:
         if fewest < 2 * extractor.dim:
             result.notes.append(
-                f"{fewest:,} images are few for {extractor.dim:,} features: the Frechet distance comes out too large. "
-                "Compare it only with distances of the same number of images."
+                f"{fewest:,} images are few for the {extractor.dim:,} features of {extractor.name}: the Frechet "
+                "distance comes out too large. Compare it only with distances of the same number of images."
             )
     if "fid" in result.values and result.generated_images < 50_000:
         result.notes.append(

@@ -8,6 +8,7 @@ seed gives the same transformation on any device, and no step waits for the acce
 
 import difflib
 import math
+import struct
 from dataclasses import dataclass, fields
 from typing import Self
 
@@ -36,8 +37,13 @@ PIPELINES: dict[str, tuple[str, ...]] = {
     "bgcf": (*_BLIT, *_GEOM, *_COLOR, "image_filter"),
     "bgcfn": (*_BLIT, *_GEOM, *_COLOR, "image_filter", "noise"),
     "bgcfnc": _ALL,
+    "diff": ("integer_translation", "brightness", "contrast", "saturation", "cutout"),
 }
-"""The transformations of each named pipeline. The paper's default is "bgc"."""
+"""The transformations of each named pipeline. The paper's default is "bgc".
+
+"diff" are those of differentiable augmentation, colour, translation and cutout, which are applied to every image, p = 1
+(DiffAugment, arXiv 2006.10738, section 4); their strengths are this pipeline's own.
+"""
 
 _BANDS = 4
 _BAND_POWER = (10 / 13, 1 / 13, 1 / 13, 1 / 13)  # expected power spectrum of natural images, 1/f (appendix B)
@@ -142,7 +148,8 @@ class AugmentPipe(nn.Module):
         if not 0 <= p <= 1:
             raise LowVRAMError(f"augmentation probability p={p} is outside of [0, 1].", "Clamp it, as `adapt` does.")
         self.p.fill_(p)
-        self._known_p = (self.p, self.p._version, float(p))
+        as_stored = struct.unpack("f", struct.pack("f", p))[0]  # what a checkpoint holds, so that a run resumes exactly
+        self._known_p = (self.p, self.p._version, as_stored)
 
     def probability(self) -> float:
         """The value of the buffer `p`. 1 where it has none (a fake or meta tensor, in tracing): the costliest case."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lowvram.errors import LowVRAMError
 from lowvram.kernels.upfirdn2d import make_filter, upsample2d
+from lowvram.models.pyramid import channels_by_resolution, check_at_least, dtypes_by_resolution
 from lowvram.models.stylegan2_layers import (
     ConvLayer,
     FullyConnected,
@@ -216,10 +217,10 @@ class Generator(nn.Module):
         half_dtype: torch.dtype = torch.float16,
     ) -> None:
         super().__init__()
-        _check_at_least(1, z_dim=z_dim, w_dim=w_dim, image_channels=image_channels, mapping_layers=mapping_layers)
-        _check_at_least(0, c_dim=c_dim)
-        channels = _channels(resolution, channel_base, channel_max)
-        dtypes = _dtypes(resolution, num_fp16_res, half_dtype, conv_clamp)
+        check_at_least(1, z_dim=z_dim, w_dim=w_dim, image_channels=image_channels, mapping_layers=mapping_layers)
+        check_at_least(0, c_dim=c_dim)
+        channels = channels_by_resolution(resolution, channel_base, channel_max)
+        dtypes = dtypes_by_resolution(resolution, num_fp16_res, half_dtype, conv_clamp)
         self.resolution, self.z_dim, self.w_dim, self.c_dim = resolution, z_dim, w_dim, c_dim
         self.image_channels = image_channels
         self.synthesis = Synthesis(w_dim, resolution, image_channels, channels, dtypes, conv_clamp)
@@ -331,10 +332,10 @@ class Discriminator(nn.Module):
         half_dtype: torch.dtype = torch.float16,
     ) -> None:
         super().__init__()
-        _check_at_least(1, image_channels=image_channels, mbstd_group_size=mbstd_group_size)
-        _check_at_least(0, c_dim=c_dim)
-        channels = _channels(resolution, channel_base, channel_max)
-        dtypes = _dtypes(resolution, num_fp16_res, half_dtype, conv_clamp)
+        check_at_least(1, image_channels=image_channels, mbstd_group_size=mbstd_group_size)
+        check_at_least(0, c_dim=c_dim)
+        channels = channels_by_resolution(resolution, channel_base, channel_max)
+        dtypes = dtypes_by_resolution(resolution, num_fp16_res, half_dtype, conv_clamp)
         self.resolution, self.c_dim, self.image_channels = resolution, c_dim, image_channels
         self.resolutions = sorted(channels, reverse=True)
         for res in self.resolutions[:-1]:
@@ -374,42 +375,6 @@ class Discriminator(nn.Module):
     def blocks(self) -> dict[str, nn.Module]:
         """The blocks by name, in the order they run: {"b256": ..., ..., "b4": ...}."""
         return {f"b{res}": getattr(self, f"b{res}") for res in self.resolutions}
-
-
-def _check_at_least(least: int, **values: int) -> None:
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise LowVRAMError(f"{name}={value!r} is not a whole number of {least} or more", f"Set {name} to one.")
-
-
-def _channels(resolution: int, channel_base: int, channel_max: int) -> dict[int, int]:
-    """Channels by resolution, 4 first: min(channel_base // R, channel_max)."""
-    if resolution not in (16, 32, 64, 128, 256, 512, 1024):
-        raise LowVRAMError(
-            f"resolution={resolution!r} is not a power of two from 16 to 1024", "Use 16, 32, 64, 128, 256, 512 or 1024."
-        )
-    _check_at_least(1, channel_base=channel_base, channel_max=channel_max)
-    if channel_base < resolution:
-        raise LowVRAMError(
-            f"channel_base={channel_base} leaves no channel at resolution {resolution}",
-            f"Use a channel_base of at least {resolution}; published networks have 16384 or 32768.",
-        )
-    sizes = [2**i for i in range(2, resolution.bit_length())]
-    return {res: min(channel_base // res, channel_max) for res in sizes}
-
-
-def _dtypes(
-    resolution: int, num_fp16_res: int, half_dtype: torch.dtype, conv_clamp: float | None
-) -> dict[int, torch.dtype]:
-    """The dtype of each block: half_dtype for the top num_fp16_res resolutions, never below 8x8."""
-    _check_at_least(0, num_fp16_res=num_fp16_res)
-    if half_dtype not in (torch.float16, torch.bfloat16):
-        raise LowVRAMError(f"half_dtype={half_dtype!r} is no 16-bit type", "Use torch.float16 or torch.bfloat16.")
-    if conv_clamp is not None and not conv_clamp > 0:
-        raise LowVRAMError(f"conv_clamp={conv_clamp!r} is not positive", "Use 256, or None for no clamp.")
-    sizes = [2**i for i in range(2, resolution.bit_length())]
-    half = set(sizes[len(sizes) - min(num_fp16_res, len(sizes) - 1) :])  # all but 4x4 at most
-    return {res: half_dtype if res in half else torch.float32 for res in sizes}
 
 
 def freeze_layers(discriminator: Discriminator, count: int) -> None:

@@ -239,7 +239,8 @@ class _WideProduct(torch.autograd.Function):
         return dkernels, torch.bmm(kernels.transpose(1, 2), dy).to(x.dtype)
 
 
-def _wide_product(kernels: Tensor, x: Tensor) -> Tensor:
+def wide_product(kernels: Tensor, x: Tensor) -> Tensor:
+    """kernels [B, out, in] fp32 times x [B, in, pixels] of any dtype: fp32 [B, out, pixels]."""
     return torch.bmm(kernels, x) if x.dtype == kernels.dtype else _WideProduct.apply(kernels, x)
 
 
@@ -257,5 +258,5 @@ class ToRGB(nn.Module):
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
         style = self.affine(w) * self.weight_gain  # [B, in]
         kernels = self.weight[:, :, 0, 0] * style[:, None]  # [B, out, in]: so few outputs that a kernel each is cheap
-        image = _wide_product(kernels, x.flatten(2)).unflatten(2, x.shape[2:])
+        image = wide_product(kernels, x.flatten(2)).unflatten(2, x.shape[2:])
         return bias_act(image, self.bias, clamp=self.clamp)

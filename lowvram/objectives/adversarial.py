@@ -1,4 +1,6 @@
-"""Losses of StyleGAN2 as pure functions (arXiv 1912.04958): logistic, R1, path length. One value for each sample.
+"""Losses of GANs as pure functions: logistic, R1, path length (StyleGAN2, arXiv 1912.04958), relativistic (R3GAN).
+
+One value for each sample.
 
 Weighting (gamma / 2, the lazy interval, the moving mean of path lengths) belongs to the task's phases.
 """
@@ -26,6 +28,15 @@ def discriminator_fake_loss(fake_logits: Tensor) -> Tensor:
 def discriminator_real_loss(real_logits: Tensor) -> Tensor:
     """Logistic loss of a real image, softplus(-D(x)). [B, 1] or [B] -> [B]."""
     return F.softplus(-real_logits).reshape(len(real_logits))
+
+
+def relativistic_loss(logits: Tensor, other_logits: Tensor) -> Tensor:
+    """Logistic loss of a pair, softplus(-(D(a) - D(b))): that a looks more real than b (arXiv 1807.00734, section 4).
+
+    logits, other_logits: [B, 1] or [B], of a and of b. The discriminator's loss has real images as a and generated ones
+    as b, the generator's the other way round (R3GAN, arXiv 2501.05441, section 2). Returns [B].
+    """
+    return F.softplus(other_logits - logits).reshape(len(logits))
 
 
 def r1_penalty(logits: Tensor, images: Tensor) -> Tensor:
@@ -70,6 +81,15 @@ def path_lengths(images: Tensor, ws: Tensor, noise: Tensor) -> Tensor:
 def path_length_penalty(lengths: Tensor, mean_length: Tensor | float) -> Tensor:
     """(length - a)^2 with the moving mean a held constant (StyleGAN2, equation 4). lengths: [B]. Returns [B]."""
     return (lengths - mean_length).square()
+
+
+def range_penalty(images: Tensor) -> Tensor:
+    """Mean square of how far pixels lie beyond [-1, 1]. [B, C, H, W] -> fp32 [B].
+
+    For discriminators that look through a network with bounded activations: those saturate there, so that nothing else
+    would pull such pixels back.
+    """
+    return (images.float().abs() - 1).relu().square().flatten(1).mean(1)
 
 
 def _need_graph(x: Tensor, name: str) -> None:

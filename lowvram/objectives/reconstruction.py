@@ -1,4 +1,4 @@
-"""Losses of the autoencoder, one value for each sample: L1, KL, perceptual and patch-adversarial.
+"""Losses of the autoencoder, one value for each sample: L1, KL and perceptual; hinge.py has the adversarial one.
 
 Papers: Rombach et al. 2022, arXiv 2112.10752, section 3.1 and appendix G; Esser et al. 2021, arXiv 2012.09841. Weights
 belong to the task's phases. There is no adaptive weight for the adversarial term (arXiv 2012.09841, equation 7): it is
@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lowvram.errors import LowVRAMError
 
@@ -33,21 +32,6 @@ def kl(moments: Tensor) -> Tensor:
     """
     mean, log_variance = moments.float().flatten(1).chunk(2, dim=1)
     return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean(1)
-
-
-def generator_hinge_loss(fake_logits: Tensor) -> Tensor:
-    """-D(reconstruction), the mean over patches. [B, 1, h, w] -> fp32 [B] (Lim and Ye 2017, arXiv 1705.02894)."""
-    return -fake_logits.float().flatten(1).mean(1)
-
-
-def discriminator_hinge_fake_loss(fake_logits: Tensor) -> Tensor:
-    """max(0, 1 + D(reconstruction)), the mean over patches. [B, 1, h, w] -> fp32 [B]."""
-    return F.relu(1 + fake_logits.float()).flatten(1).mean(1)
-
-
-def discriminator_hinge_real_loss(real_logits: Tensor) -> Tensor:
-    """max(0, 1 - D(image)), the mean over patches. [B, 1, h, w] -> fp32 [B]."""
-    return F.relu(1 - real_logits.float()).flatten(1).mean(1)
 
 
 class PerceptualLoss(nn.Module):

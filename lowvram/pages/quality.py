@@ -20,6 +20,7 @@ _METRIC_WORDS = {
     "recall": "Recall",
     "swd": "Sliced Wasserstein distance",
     "efficientnet_lite0": "EfficientNet-Lite0",
+    "random_conv": "random features",
 }
 
 

@@ -14,6 +14,8 @@ from lowvram.settings import flatten
 
 TASKS = {
     "stylegan2": "StyleGAN2, a generative adversarial network",
+    "projected_gan": "a projected GAN, which learns through a network that knows pictures already",
+    "r3gan": "R3GAN, a generative adversarial network",
     "autoencoder": "an autoencoder, for latent diffusion",
     "diffusion": "a latent diffusion model",
     "stable_diffusion": "Stable Diffusion, fine-tuned",

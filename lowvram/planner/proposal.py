@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 _WHAT = {
     "stylegan2": "a generator of images (StyleGAN2: one network draws images out of random numbers, a second one "
     "learns to tell them from real ones, and each improves the other)",
+    "r3gan": "a generator of images (R3GAN: one network draws images out of random numbers, a second one learns which "
+    "of two is real, and each improves the other)",
+    "projected_gan": "a generator of images (a projected GAN: one network draws images out of random numbers, a second "
+    "one looks through a network that knows pictures already and learns to tell them from real ones)",
     "autoencoder": "an autoencoder (a network that stores an image in few numbers and restores it: the first half of "
     "latent diffusion)",
     "diffusion": "a generator of images by diffusion (a network that learns to take noise away, step by step)",

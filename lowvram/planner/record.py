@@ -4,8 +4,9 @@
 replayed, a picture drawn and the time foretold.
 """
 
+import math
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -400,8 +401,31 @@ def _known(func: Any) -> _Operation:
         view=view and short not in _FREE,
         free=view or short in _FREE,
         kind=_kind(short),
-        flops=flop_registry.get(packet),
+        flops=_OWN_FLOPS.get(func, flop_registry.get(packet)),
     )
+
+
+def convolution_backward_flops(
+    dy: Any,
+    x: Any,
+    w: Any,
+    bias: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    transposed: bool,
+    output_padding: Any,
+    groups: int,
+    mask: Sequence[bool],
+    *,
+    out_val: Any = None,
+) -> float:
+    """Each of the two gradients takes as much as the convolution. (torch 2.15 counts `groups` times that for the
+    weight's.)"""
+    return 2.0 * (x if transposed else dy).numel() * math.prod(w.shape[1:]) * (bool(mask[0]) + bool(mask[1]))
+
+
+_OWN_FLOPS = {torch.ops.aten.convolution_backward.default: convolution_backward_flops}
 
 
 def _kind(name: str) -> int:

@@ -5,8 +5,8 @@ Legend: B batch, K keyframes, N walks side by side.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +16,28 @@ from lowvram.errors import LowVRAMError
 from lowvram.sampling.grids import make_grid
 
 if TYPE_CHECKING:
-    from lowvram.models.stylegan2 import Generator, NoiseMode
+    from lowvram.models.stylegan2_layers import NoiseMode
 
 NOISE_MODES: tuple[NoiseMode, ...] = ("random", "const", "none")
 DEFAULT_SLICE = 16
+
+
+class Generator(Protocol):
+    """What a generator of images has: a mapping of its latents, and the synthesis of images from what that gives.
+
+    mapping(z [B, z_dim], c [B, c_dim] or None, truncation_psi) -> ws, of any shape [B, ...] along which images change
+    smoothly. synthesis(ws, noise_mode, noise_seeds) -> float images [B, C, R, R] in about [-1, 1]. A network that knows
+    no truncation or noise takes psi = 1 alone and any mode. c_dim: classes; 0: none.
+    """
+
+    z_dim: int
+    c_dim: int
+
+    @property
+    def mapping(self) -> Callable[..., Tensor]: ...
+    @property
+    def synthesis(self) -> Callable[..., Tensor]: ...
+    def parameters(self) -> Iterator[nn.Parameter]: ...
 
 
 def sample_seeds(n: int, seed: int, start: int = 0) -> Tensor:

@@ -8,11 +8,15 @@ from lowvram.settings.autoencoder import AutoencoderSettings
 from lowvram.settings.base import MEMORY_CHOICES, Settings
 from lowvram.settings.checks import check_resolution, flatten, nearest, one_of, parse_bytes
 from lowvram.settings.diffusion import DiffusionSettings
+from lowvram.settings.projected_gan import ProjectedGanSettings
+from lowvram.settings.r3gan import R3GANSettings
 from lowvram.settings.stable_diffusion import StableDiffusionSettings
 from lowvram.settings.stylegan2 import StyleGAN2Settings
 
 BY_TASK: dict[str, type[Settings]] = {
     "stylegan2": StyleGAN2Settings,
+    "projected_gan": ProjectedGanSettings,
+    "r3gan": R3GANSettings,
     "autoencoder": AutoencoderSettings,
     "diffusion": DiffusionSettings,
     "stable_diffusion": StableDiffusionSettings,
@@ -23,6 +27,8 @@ __all__ = [
     "MEMORY_CHOICES",
     "AutoencoderSettings",
     "DiffusionSettings",
+    "ProjectedGanSettings",
+    "R3GANSettings",
     "Settings",
     "StableDiffusionSettings",
     "StyleGAN2Settings",

@@ -4,11 +4,9 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 
 from lowvram.errors import LowVRAMError
-from lowvram.settings.base import Settings
 from lowvram.settings.checks import at_least, divisor, fraction, near_multiple, one_of
+from lowvram.settings.gan import GanSettings
 
-AUGMENT_MODES = ("none", "fixed", "ada")
-PIPELINES = ("blit", "geom", "color", "filter", "noise", "cutout", "bg", "bgc", "bgcf", "bgcfn", "bgcfnc")
 PUBLISHED_MAPPING_LR = 0.01  # that published weights are stored for (arXiv 1812.04948, appendix C)
 R1_KINDS = ("exact", "finite_difference")
 
@@ -106,27 +104,6 @@ class EmaSettings:
 
 
 @dataclass(kw_only=True)
-class AugmentSettings:
-    """Discriminator augmentation (ADA, arXiv 2006.06676)."""
-
-    mode: str
-    pipeline: str
-    p: float
-    target: float
-    interval: int
-    adjust_kimg: float
-
-    def __post_init__(self) -> None:
-        one_of("augment.mode", self.mode, AUGMENT_MODES)
-        one_of("augment.pipeline", self.pipeline, PIPELINES)
-        fraction("augment.p", self.p)
-        fraction("augment.target", self.target)
-        at_least("augment.interval", self.interval, 1)
-        if self.adjust_kimg <= 0:
-            raise LowVRAMError(f"augment.adjust_kimg={self.adjust_kimg} must be above 0.", "The paper uses 500.")
-
-
-@dataclass(kw_only=True)
 class MicroBatchSettings:
     """Images of one process in memory at a time, for each phase; None is the whole batch."""
 
@@ -137,14 +114,13 @@ class MicroBatchSettings:
 
 
 @dataclass(kw_only=True)
-class StyleGAN2Settings(Settings):
+class StyleGAN2Settings(GanSettings):
     """A recipe with `task: stylegan2`; conf/task/stylegan2.yaml explains each setting."""
 
     model: ModelSettings
     loss: LossSettings
     optimizer: OptimizerSettings
     ema: EmaSettings
-    augment: AugmentSettings
     micro_batch: MicroBatchSettings
     freeze_d: int = 0
 
@@ -196,10 +172,6 @@ class StyleGAN2Settings(Settings):
         if self.loss.r1_gamma is not None:
             return self.loss.r1_gamma
         return 0.0002 * self.resolution**2 / self.batch
-
-    def at_full_cost(self) -> "StyleGAN2Settings":
-        """Augmentation that starts at p = 0 costs nothing at first; its cost comes when p has grown."""
-        return replace(self, augment=replace(self.augment, p=self.augment.p or 0.5))
 
     def changed(self, allow: Collection[str]) -> Iterator[tuple["StyleGAN2Settings", tuple[str, ...]]]:
         settings: StyleGAN2Settings = self

@@ -15,7 +15,7 @@ from lowvram.errors import LowVRAMError
 from lowvram.models.autoencoder import Autoencoder, decode_safely
 from lowvram.models.patch_discriminator import PatchDiscriminator
 from lowvram.models.tiling import encode_tiled
-from lowvram.objectives import reconstruction
+from lowvram.objectives import hinge, reconstruction
 from lowvram.phase import MicroBatch, Phase
 from lowvram.settings import AutoencoderSettings
 from lowvram.tasks import Task
@@ -100,7 +100,7 @@ class AutoencoderTask(Task):
             total = total + loss.perceptual_weight * self.perceptual(rebuilt, images)
         if self._adversarial():
             logits = self._judged(rebuilt)
-            total = total + loss.adversarial_weight * reconstruction.generator_hinge_loss(logits)
+            total = total + loss.adversarial_weight * hinge.generator_loss(logits)
         return total.mean()
 
     def _discriminator_loss(self, micro: MicroBatch) -> Iterator[Tensor]:
@@ -108,9 +108,9 @@ class AutoencoderTask(Task):
         images = to_range(micro.images)
         with torch.no_grad():
             rebuilt, _ = self._rebuilt(images, micro)
-        yield reconstruction.discriminator_hinge_fake_loss(self._judged(rebuilt)).mean()
+        yield hinge.discriminator_fake_loss(self._judged(rebuilt)).mean()
         del rebuilt
-        yield reconstruction.discriminator_hinge_real_loss(self._judged(images)).mean()
+        yield hinge.discriminator_real_loss(self._judged(images)).mean()
 
     # Networks get what they are held in (memory.weights_dtype); losses are of float32.
 

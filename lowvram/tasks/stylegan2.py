@@ -6,35 +6,31 @@ Papers: StyleGAN2 arXiv 1912.04958, ADA arXiv 2006.06676.
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from lowvram import seeded, standin
+from lowvram import seeded
 from lowvram.config import load_recipe
 from lowvram.ema import ExponentialMovingAverage
 from lowvram.errors import LowVRAMError
-from lowvram.models.augment import AugmentPipe, adapt
 from lowvram.models.stylegan2 import Discriminator, Generator, freeze_layers
 from lowvram.models.stylegan2_layers import FullyConnected
 from lowvram.objectives import adversarial
 from lowvram.phase import MicroBatch, Phase
-from lowvram.sampling import gan
 from lowvram.settings import Settings, StyleGAN2Settings
 from lowvram.settings.stylegan2 import PUBLISHED_MAPPING_LR
-from lowvram.tasks import Task
+from lowvram.tasks.gan import GanTask
+from lowvram.tasks.trouble import small_pixels
 from lowvram.weights import stylegan2 as weights
 
 
-class StyleGAN2Task(Task):
+class StyleGAN2Task(GanTask):
     """Networks `G`, `D`, `G_ema` and, with augmentation, `augment`."""
 
     settings: StyleGAN2Settings
-    sampling_networks = ("G_ema",)
-    optional_networks = ("augment",)
-    own_precision = True
+    weaken = "Raise loss.r1_gamma, lower optimizer.lr_d"
     sample_options = ("truncation_psi", "noise_mode", "classes")
 
     def __init__(
@@ -46,36 +42,14 @@ class StyleGAN2Task(Task):
         classes: int | None = None,
     ) -> None:
         """classes: that the networks know; None: those of the data set."""
-        super().__init__(settings, device, folder)
+        super().__init__(settings, device, folder, classes=classes)
         self.group = settings.model.mbstd_group_size
-        if classes is None:
-            classes = self.dataset().num_classes if settings.data.labels else 0
-        self.c_dim = classes
-        self.G_ema = self._generator().eval().requires_grad_(False)
-        self.networks = {"G_ema": self.G_ema}
 
     def prepare_training(self) -> None:
         settings, loss = self.settings, self.settings.loss
-        self.G = self._generator().requires_grad_(False)
-        self.G_ema.load_state_dict(self.G.state_dict())
-        self.D = Discriminator(
-            settings.resolution,
-            c_dim=self.c_dim,
-            channel_base=settings.model.channel_base,
-            channel_max=settings.model.channel_max,
-            mbstd_group_size=settings.model.mbstd_group_size,
-            **self._precision(),
-        )
-        self.D.to(self.device).requires_grad_(False)
+        self._prepare_pair(self._discriminator)
         freeze_layers(self.D, settings.freeze_d)
-        self.augment = self._augment_pipe()
         self.path_length_mean = torch.zeros([], device=self.device)
-        self._real_sign = torch.zeros([], device=self.device)  # mean of sign(D(real)), summed over D steps
-        self._real_sign_steps = 0
-        self.networks |= {"G": self.G, "D": self.D}
-        if self.augment is not None:
-            self.networks["augment"] = self.augment
-        self._lookup = self._label_lookup()
 
         path_length_every = loss.path_length_every if loss.path_length_weight > 0 else 0
         r1_every = loss.r1_every if settings.r1_gamma > 0 else 0
@@ -103,7 +77,7 @@ class StyleGAN2Task(Task):
                 )
             )
         self.phases.append(
-            Phase(name="D", loss=self._d_loss, terms=2, micro_batch=micro.D, finish=self._track_sign, **d, **whole)
+            Phase(name="D", loss=self._d_loss, terms=2, micro_batch=micro.D, finish=self._track_d, **d, **whole)
         )
         if r1_every:
             r1: dict[str, Any] = {"every": r1_every, "micro_batch": micro.R1}
@@ -211,9 +185,11 @@ class StyleGAN2Task(Task):
             fakes, c, _ = self._fakes(micro)
         fake_logits = self.D(self._augmented(fakes, micro, "fake"), c)
         yield adversarial.discriminator_fake_loss(fake_logits).mean()
+        judged, features = fake_logits.detach(), small_pixels(fakes)
         del fakes, fake_logits
-        real_logits = self.D(self._augmented(self._reals(micro), micro, "real"), self._onehot(micro.labels))
-        micro.report(sign=real_logits.sign().reshape(-1))
+        reals = self._reals(micro)
+        real_logits = self.D(self._augmented(reals, micro, "real"), self._onehot(micro.labels))
+        self._report_d(micro, (real_logits, judged), (small_pixels(reals), features))
         yield adversarial.discriminator_real_loss(real_logits).mean()
 
     def _r1_loss(self, micro: MicroBatch) -> Tensor:
@@ -246,11 +222,11 @@ class StyleGAN2Task(Task):
 
     def _fakes(self, micro: MicroBatch) -> tuple[Tensor, Tensor | None, Tensor]:
         """Images [b, C, H, W], labels [b, c_dim] or None, and ws [b, num_ws, w_dim] for the seeds of a micro-batch."""
-        seeds, settings = micro.seeds, self.settings
-        z = seeded.randn(seeds, settings.model.z_dim, stream="z").to(self.device)
+        seeds = micro.seeds
+        z = self._latents(seeds)
         c = self._random_labels(seeds)
         ws = self.G.mapping(z, c)
-        if settings.loss.style_mixing > 0:
+        if self.settings.loss.style_mixing > 0:
             ws = self._mixed(ws, seeds, c)
         return self.G.synthesis(ws, noise_mode="random", noise_seeds=seeds), c, ws
 
@@ -260,29 +236,9 @@ class StyleGAN2Task(Task):
         drawn = seeded.rand(seeds, 2, stream="mixing")  # [b, 2], CPU
         cutoff = 1 + (drawn[:, 0] * (num_ws - 1)).long()  # 1 ... num_ws - 1
         cutoff = torch.where(drawn[:, 1] < self.settings.loss.style_mixing, cutoff, num_ws)
-        z2 = seeded.randn(seeds, self.settings.model.z_dim, stream="z2").to(self.device)
-        second = self.G.mapping(z2, c)
+        second = self.G.mapping(self._latents(seeds, "z2"), c)
         keep = torch.arange(num_ws)[None, :] < cutoff[:, None]  # [b, num_ws]
         return torch.where(keep[:, :, None].to(ws.device), ws, second)
-
-    def _reals(self, micro: MicroBatch) -> Tensor:
-        return micro.images.to(torch.float32) / 127.5 - 1
-
-    def _augmented(self, images: Tensor, micro: MicroBatch, which: Literal["fake", "real"] = "fake") -> Tensor:
-        if self.augment is None:
-            return images
-        augmented: Tensor = self.augment(images, micro.seeds, stream=f"augment.{which}")
-        return augmented
-
-    def _onehot(self, labels: Tensor) -> Tensor | None:
-        return F.one_hot(labels, self.c_dim).float().to(self.device) if self.c_dim else None
-
-    def _random_labels(self, seeds: Tensor) -> Tensor | None:
-        """Labels of randomly chosen images of the data set, as the discriminator sees them on real ones."""
-        if self._lookup is None:
-            return None
-        drawn = seeded.rand(seeds, stream="label")  # [b]
-        return self._onehot(self._lookup[(drawn * len(self._lookup)).long()])
 
     # Statistics that the phases hand over, as means over the whole batch.
 
@@ -292,38 +248,17 @@ class StyleGAN2Task(Task):
     def _track_path_length(self, means: dict[str, Tensor]) -> None:
         self.path_length_mean.lerp_(means["length"], self.settings.loss.path_length_decay)
 
-    def _track_sign(self, means: dict[str, Tensor]) -> None:
-        self._real_sign += means["sign"]
-        self._real_sign_steps += 1
-
-    def end_step(self, step: int) -> None:
-        """Move the augmentation's p by how far the discriminator overfits (ADA section 3, r_t)."""
-        augment = self.settings.augment
-        if self.augment is None or augment.mode != "ada" or step % augment.interval or not self._real_sign_steps:
-            return
-        images = self.settings.batch * self._real_sign_steps
-        sign = float(self._real_sign) / self._real_sign_steps
-        p = adapt(self.augment.probability(), sign, augment.target, images=images, adjust_kimg=augment.adjust_kimg)
-        self.augment.set_probability(p)
-        self._real_sign.zero_()
-        self._real_sign_steps = 0
-
     def tensors(self) -> dict[str, Tensor]:
-        steps = torch.tensor(self._real_sign_steps)
         return {
+            **super().tensors(),
             "path_length_mean": self.path_length_mean,
-            "real_sign": self._real_sign,
-            "real_sign_steps": steps,
             "mapping_lr": torch.tensor(self.settings.optimizer.mapping_lr, dtype=torch.float64),
         }
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
         self._check_mapping_lr(float(tensors.get("mapping_lr", PUBLISHED_MAPPING_LR)))
+        super().load_tensors(tensors)
         self.path_length_mean.copy_(tensors["path_length_mean"])
-        self._real_sign.copy_(tensors["real_sign"])
-        self._real_sign_steps = int(tensors["real_sign_steps"])
-        if self.augment is not None:
-            self.augment.set_probability(min(max(float(self.augment.p), 0.0), 1.0))
 
     def _check_mapping_lr(self, was: float) -> None:
         wanted = self.settings.optimizer.mapping_lr
@@ -332,36 +267,6 @@ class StyleGAN2Task(Task):
                 f"optimizer.mapping_lr={wanted}, and the run was begun with {was:g}, which its weights are stored for.",
                 f"Use optimizer.mapping_lr={was:g}; or begin a run with `weights` of what lowvram.convert makes of it.",
             )
-
-    def status(self) -> dict[str, float]:
-        return {} if self.augment is None else {"augment_p": self.augment.probability()}
-
-    # Sampling.
-
-    def sample(
-        self,
-        n: int,
-        seed: int = 0,
-        *,
-        micro_batch: int | None = None,
-        start: int = 0,
-        **options: Any,
-    ) -> Tensor:
-        """As `gan.sample_images`, which says what the options mean."""
-        micro_batch = micro_batch or self._sampling_slice()
-        return gan.sample_images(self.G_ema, n, seed=seed, micro_batch=micro_batch, start=start, **options)
-
-    def interpolate(
-        self, seed: int = 0, *, keyframes: int = 8, frames_per_keyframe: int = 30, **options: Any
-    ) -> Iterator[Tensor]:
-        options = {"micro_batch": self._sampling_slice(), **options}
-        return gan.interpolate(
-            self.G_ema, seed=seed, keyframes=keyframes, frames_per_keyframe=frames_per_keyframe, **options
-        )
-
-    def _sampling_slice(self) -> int:
-        """Images at a time, so that sampling stays below the memory of a training step."""
-        return max(1, (self.settings.micro_batch.G or self.settings.batch) // 2)
 
     # Construction.
 
@@ -378,31 +283,26 @@ class StyleGAN2Task(Task):
             **self._precision(),
         )
         _set_mapping_lr(network, self.settings.optimizer.mapping_lr)
-        return network.to(self.device)
+        return network
+
+    def _discriminator(self) -> Discriminator:
+        model = self.settings.model
+        return Discriminator(
+            self.settings.resolution,
+            c_dim=self.c_dim,
+            channel_base=model.channel_base,
+            channel_max=model.channel_max,
+            mbstd_group_size=model.mbstd_group_size,
+            **self._precision(),
+        )
 
     def _precision(self) -> dict[str, Any]:
-        chosen = self.settings.precision
-        if chosen == "auto":
-            chosen = "fp16" if standin.is_gpu(self.device) else "fp32"
+        half = self._half_dtype()
         return {
-            "num_fp16_res": 0 if chosen == "fp32" else self.settings.model.num_fp16_res,
-            "conv_clamp": None if chosen == "fp32" else self.settings.model.conv_clamp,
-            "half_dtype": torch.bfloat16 if chosen == "bf16" else torch.float16,
+            "num_fp16_res": 0 if half is None else self.settings.model.num_fp16_res,
+            "conv_clamp": None if half is None else self.settings.model.conv_clamp,
+            "half_dtype": half or torch.float16,
         }
-
-    def _augment_pipe(self) -> AugmentPipe | None:
-        augment = self.settings.augment
-        if augment.mode == "none":
-            return None
-        pipe = AugmentPipe.from_name(augment.pipeline).to(self.device)
-        pipe.set_probability(augment.p)
-        return pipe
-
-    def _label_lookup(self) -> Tensor | None:
-        if not self.c_dim:  # and no need for the data to be there, which a plan on another machine lacks
-            return None
-        labels = self.dataset().labels
-        return None if labels is None else torch.as_tensor(labels)
 
     def _adam(self, network: nn.Module, lr: float, every: int) -> torch.optim.Optimizer:
         """Adam whose step and memory allow for the extra update of a lazy phase (StyleGAN2 appendix B)."""

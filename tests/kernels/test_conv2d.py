@@ -34,6 +34,21 @@ def test_equals_the_plain_operations_and_has_both_derivatives(stride, padding, t
     assert torch.autograd.gradgradcheck(f, inputs, fast_mode=True)
 
 
+@pytest.mark.parametrize("stride, padding, transposed", GEOMETRIES)
+@pytest.mark.parametrize("groups", [2, 4])
+def test_groups_equal_the_plain_operations_and_have_both_derivatives(stride, padding, transposed, groups):
+    torch.manual_seed(0)
+    x = torch.randn(2, 4, 6, 5, dtype=torch.float64, requires_grad=True)
+    out = 8
+    w = torch.randn(
+        *((4, out // groups) if transposed else (out, 4 // groups)), 3, 3, dtype=torch.float64, requires_grad=True
+    )
+    options = {"stride": stride, "padding": padding, "transposed": transposed, "groups": groups}
+    torch.testing.assert_close(conv2d(x, w, **options), plain(x, w, **options))
+    assert torch.autograd.gradcheck(lambda x, w: conv2d(x, w, **options), (x, w), fast_mode=True)
+    assert torch.autograd.gradgradcheck(lambda x, w: conv2d(x, w, **options), (x, w), fast_mode=True)
+
+
 @pytest.mark.parametrize("kernel", [1, 3])
 def test_third_derivative_equals_pytorch(kernel):
     torch.manual_seed(0)
@@ -190,6 +205,8 @@ kernel_energy(torch.empty(64, 64, 3, 3), impl="triton")
 def test_bad_arguments_are_refused():
     with pytest.raises(ValueError, match="don't fit"):
         conv2d(torch.zeros(1, 3, 8, 8), torch.zeros(4, 2, 3, 3))
+    with pytest.raises(ValueError, match="don't fit"):
+        conv2d(torch.zeros(1, 6, 8, 8), torch.zeros(4, 2, 3, 3), groups=3)  # 4 outputs in 3 groups
     with pytest.raises(ValueError, match=r"style \(1, 4\) must be"):
         conv2d(torch.zeros(1, 3, 8, 8), torch.zeros(4, 3, 3, 3), style=torch.zeros(1, 4))
     with pytest.raises(ValueError, match="impl='fast'"):

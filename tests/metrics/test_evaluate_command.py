@@ -7,7 +7,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from lowvram.evaluate import EvaluateOptions, _more
+import pytest
+
+from lowvram.evaluate import EvaluateOptions, _more, main
 
 
 def evaluate(*words: str) -> subprocess.CompletedProcess[str]:
@@ -16,11 +18,14 @@ def evaluate(*words: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_no_evaluation_takes_the_place_of_another() -> None:
-    names = [_more(EvaluateOptions(run="x", **asked)) for asked in ({}, {"metrics": "swd"}, {"guidance": 3.0})]
-    assert names[0] == "" and len(set(names)) == 3
+    choices: tuple[dict, ...] = ({}, {"metrics": "swd"}, {"guidance": 3.0}, {"backbone": "random_conv"})
+    names = [_more(EvaluateOptions(run="x", **asked)) for asked in choices]
+    assert names[0] == "" and len(set(names)) == 4
 
 
-def test_a_run_is_evaluated_and_the_numbers_are_kept(tiny: Callable[..., object], tmp_path: Path) -> None:
+def test_a_run_is_evaluated_and_the_numbers_are_kept(
+    tiny: Callable[..., object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from lowvram import Trainer
 
     Trainer(tiny("kimg=0.016"), quiet=True).fit()
@@ -34,6 +39,10 @@ def test_a_run_is_evaluated_and_the_numbers_are_kept(tiny: Callable[..., object]
     assert record["step"] == 2 and record["values"].keys() == {"frechet_efficientnet_lite0_64px", "swd_16", "swd_mean"}
     metric = "frechet_efficientnet_lite0_64px"
     assert record["values"][metric] > record["floor"][metric] > 0
+
+    main(EvaluateOptions(run=str(run), n=30, metrics="frechet", backbone="random_conv", device="cpu"))
+    said = capsys.readouterr().out
+    assert "frechet_random_conv" in said and "efficientnet" not in said and len(list((run / "metrics").iterdir())) == 2
 
     wrong = evaluate(f"run={run}", "metrics=kid")
     assert wrong.returncode == 2 and "metrics=kid is not known" in wrong.stderr and "Traceback" not in wrong.stderr

@@ -93,6 +93,21 @@ def test_noise_is_far_and_the_same_distribution_is_near(quick: None) -> None:
     assert data.reads == 120
 
 
+def test_another_judge_is_asked_by_name(quick: None) -> None:
+    data = FakeData(80)
+    both = evaluate(FakeTask(data), n=60, metrics=["frechet"], backbones=evaluation.BACKBONES, progress=False)
+    assert set(both.values) == set(both.floor) == {"frechet_efficientnet_lite0", "frechet_random_conv"}
+    assert sum("too large" in note for note in both.notes) == 2
+    metrics = ["frechet", "precision_recall"]
+    alone, noise = (
+        evaluate(FakeTask(data, good=good), n=60, metrics=metrics, backbones=["random_conv"], progress=False)
+        for good in (True, False)
+    )
+    assert set(alone.values) == {f"{metric}_random_conv" for metric in ("frechet", "precision", "recall")}
+    assert alone.values["frechet_random_conv"] == pytest.approx(both.values["frechet_random_conv"], rel=1e-4)
+    assert noise.values["frechet_random_conv"] > 1.5 * alone.values["frechet_random_conv"]
+
+
 def test_images_are_asked_for_in_slices_once_each(quick: None) -> None:
     task = FakeTask(FakeData(80))
     evaluate(task, n=60, seed=3, truncation=0.5, noise_mode="const", metrics=["swd"], floor=False, progress=False)
@@ -115,6 +130,8 @@ def test_classes_are_drawn_as_often_as_the_data_has_them(quick: None) -> None:
         ({"n": 3}, "n=3"),
         ({"metrics": ["kid"]}, "metrics=kid"),
         ({"metrics": []}, "names nothing"),
+        ({"backbones": ["alexnet"]}, "backbone=alexnet"),
+        ({"backbones": []}, "backbone names nothing"),
         ({"inception": "/none.pth"}, "inception=/none.pth"),
     ],
 )

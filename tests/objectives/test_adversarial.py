@@ -17,6 +17,14 @@ def test_logistic_losses():
     assert adversarial.generator_loss(logits[:, 0]).shape == (3,)
 
 
+def test_the_relativistic_loss_is_that_of_the_difference():
+    real, fake = torch.tensor([[-2.0], [0.0], [3.0]]).double(), torch.tensor([[1.0], [0.5], [-4.0]]).double()
+    expected = -torch.sigmoid(real - fake)[:, 0].log()
+    torch.testing.assert_close(adversarial.relativistic_loss(real, fake), expected)
+    torch.testing.assert_close(adversarial.relativistic_loss(real[:, 0] + 5, fake[:, 0] + 5), expected)
+    assert adversarial.relativistic_loss(fake, real)[0] < expected[0]  # the first image made looks real
+
+
 def test_r1_of_a_linear_network_is_its_squared_weight():
     weight = torch.randn(3, 4, 4, dtype=torch.float64, requires_grad=True)
     images = torch.randn(5, 3, 4, 4, dtype=torch.float64, requires_grad=True)
@@ -109,3 +117,8 @@ def test_a_missing_graph_is_named():
         adversarial.r1_penalty(images.sum((1, 2, 3)), images)
     with pytest.raises(ValueError, match="ws must require grad"):
         adversarial.path_lengths(images, torch.randn(2, 4, 8), images)
+
+
+def test_the_range_penalty_counts_what_lies_beyond_white_and_black() -> None:
+    images = torch.tensor([[0.5, -1.0, 1.0, 0.0], [2.0, -3.0, 0.0, 0.0]]).reshape(2, 1, 2, 2)
+    assert adversarial.range_penalty(images).tolist() == [0.0, (1 + 4) / 4]

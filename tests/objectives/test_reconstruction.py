@@ -50,19 +50,6 @@ def test_kl_is_the_integral_it_stands_for_for_one_number() -> None:
     assert reconstruction.kl(torch.zeros(2, 8, 3, 3)).tolist() == [0, 0]
 
 
-def test_hinge_losses() -> None:
-    logits = torch.tensor([[-2.0, 0.5], [1.5, 3.0]]).reshape(2, 1, 1, 2).requires_grad_()
-    assert reconstruction.generator_hinge_loss(logits).tolist() == [0.75, -2.25]
-    assert reconstruction.discriminator_hinge_fake_loss(logits).tolist() == [0.75, 3.25]
-    assert reconstruction.discriminator_hinge_real_loss(logits).tolist() == [1.75, 0.0]
-    reconstruction.discriminator_hinge_real_loss(logits).sum().backward()
-    assert logits.grad is not None
-    assert logits.grad.flatten().tolist() == [-0.5, -0.5, 0, 0]  # beyond the margin nothing pulls
-
-
-# --- Perceptual ---
-
-
 def test_the_perceptual_loss_sees_blur_noise_and_another_face(perceptual: PerceptualLoss, faces: Tensor) -> None:
     def blurred(radius: float) -> Tensor:
         out = []

@@ -4,11 +4,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
 from lowvram.planner import cards, cost
 from lowvram.planner.log import ATTENTION, CONVOLUTION, KINDS, MATMUL, MEMORY, Work
+from lowvram.planner.record import convolution_backward_flops
 
 A100 = cards.find("A100 40GB")
 RTX_3060 = cards.find("RTX 3060")
@@ -228,3 +231,16 @@ def test_energy_and_a_training() -> None:
     assert found.images_per_second == pytest.approx(32)
     assert found.hours == pytest.approx(1e6 / 32 / 3600)
     assert found.kwh == pytest.approx(found.hours * 0.170 * 0.85)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("groups", [1, 4])
+def test_the_gradients_of_a_convolution_each_take_as_much_as_it_does(groups: int, transposed: bool) -> None:
+    x = torch.empty(2, 8, 6, 6)
+    w = torch.empty(*((8, 16 // groups) if transposed else (16, 8 // groups)), 3, 3)
+    options = ([2, 2], [1, 1], [1, 1], transposed, [0, 0], groups)
+    with FlopCounterMode(display=False) as forward:
+        y = torch.ops.aten.convolution(x, w, None, *options)
+    for mask in ([True, False, False], [True, True, False]):
+        counted = convolution_backward_flops(y, x, w, None, *options, mask)
+        assert counted == sum(mask) * forward.get_total_flops()

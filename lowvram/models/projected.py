@@ -1,0 +1,234 @@
+"""The projected discriminator (Sauer et al. 2021, arXiv 2111.01007): random projections of features, and small heads.
+
+Images go through a frozen network trained on ImageNet; its features at four scales are mixed across channels and across
+scales by random convolutions that never change (section 3.2); a head at each scale judges them (section 3.1). Only the
+heads are trained. Legend: B batch, w width of a map, h and w its sides.
+"""
+
+import itertools
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from lowvram.errors import LowVRAMError
+from lowvram.models.backbones import Backbone
+
+_COARSEST = 4  # pixels a side of the maps that logits are taken from, about
+_GRADIENT_SCALE = 4096.0
+
+
+class Projection(nn.Module):
+    """Features of a frozen network, mixed across channels (1x1) and scales (3x3, from coarse to fine), at random.
+
+    Args:
+        backbone: of the features. It is not part of this module's state.
+        channels: of the finest map; each coarser one has twice as many.
+        size: pixels a side that images are resized to before the backbone (bilinear).
+        half_dtype: of the backbone and the projections; None: fp32. In fp16 gradients are 4096 times larger on their
+            way through, for those of an image's pixels would vanish.
+
+    widths, sizes: channels and pixels a side of the four maps.
+    """
+
+    def __init__(
+        self, backbone: Backbone, *, channels: int = 64, size: int = 224, half_dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        if channels < 8:
+            raise LowVRAMError(f"projection of {channels} channels is too narrow.", "Use 64.")
+        if size < 32 or size % 32:
+            raise LowVRAMError(f"images of {size} pixels don't fit a backbone.", "Use a multiple of 32, such as 96.")
+        self._backbone = (backbone,)  # in a tuple, so that neither its weights nor its mode are this module's
+        self.size, self.dtype = size, half_dtype or torch.float32
+        self.widths = widths = tuple(channels * 2**i for i in range(len(backbone.channels)))
+        self.sizes = tuple(size // 2 ** (i + 2) for i in range(len(widths)))
+        self.across_channels = nn.ModuleList(
+            _random_conv(own, wide, 1) for own, wide in zip(backbone.channels, widths, strict=True)
+        )
+        self.coarser = nn.ModuleList(_random_conv(wide, fine, 1) for fine, wide in itertools.pairwise(widths))
+        self.across_scales = nn.ModuleList(_random_conv(wide, wide, 3) for wide in widths[:-1])
+        self.requires_grad_(False)
+        self.to(self.dtype)
+        backbone.to(self.dtype)
+
+    @property
+    def backbone(self) -> Backbone:
+        """The frozen network."""
+        return self._backbone[0]
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Images [B, 3, H, W] in [-1, 1] -> four maps, float32 [B, widths[i], sizes[i], sizes[i]]."""
+        if images.shape[1] == 1:
+            images = images.expand(-1, 3, -1, -1)
+        if images.shape[-1] != self.size:
+            shrinks = images.shape[-1] > self.size
+            images = F.interpolate(
+                images, (self.size, self.size), mode="bilinear", align_corners=False, antialias=shrinks
+            )
+        scale = _GRADIENT_SCALE if self.dtype == torch.float16 else 1.0
+        features = self.backbone(_ScaledGradient.apply(images, 1 / scale).to(self.dtype))
+        mixed = [self.across_channels[-1](features[-1])]
+        for i in reversed(range(len(features) - 1)):
+            own = self.across_channels[i](features[i])
+            above = F.interpolate(self.coarser[i](mixed[0]), own.shape[2:], mode="bilinear", align_corners=False)
+            mixed.insert(0, self.across_scales[i]((own + above) * math.sqrt(0.5)))
+        return [_ScaledGradient.apply(x.float(), scale) for x in mixed]
+
+
+class _ScaledGradient(torch.autograd.Function):
+    """The same, with another scale of its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: float) -> Tensor:
+        ctx.scale = scale
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        return dy * ctx.scale, None
+
+
+class ProjectedDiscriminator(nn.Module):
+    """Heads that judge the maps of a `Projection`, one at each scale.
+
+    Args:
+        widths, sizes: channels and pixels a side of the maps.
+        channels: the widest a head becomes.
+        group: samples that are normalised together, see `GroupedBatchNorm`; 0: no normalisation.
+        c_dim: classes; 0: none. They are judged by a product with an embedding (arXiv 1802.05637).
+    """
+
+    def __init__(
+        self, widths: tuple[int, ...], sizes: tuple[int, ...], *, channels: int = 512, group: int = 0, c_dim: int = 0
+    ) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(
+            Head(width, size, channels=channels, group=group, c_dim=c_dim)
+            for width, size in zip(widths, sizes, strict=True)
+        )
+
+    def forward(self, maps: list[Tensor], c: Tensor | None = None) -> list[Tensor]:
+        """Maps as from `Projection`, c one-hot [B, c_dim] or None -> logits of each scale, float32 [B, h, w]."""
+        return [head(x, c) for head, x in zip(self.heads, maps, strict=True)]
+
+    def renew_norms(self) -> None:
+        """One step of the power iteration of every layer, at its next forward. Called once after an update."""
+        for module in self.modules():
+            if isinstance(module, SpectralConv2d):
+                module.is_stale = True
+
+    def blocks(self) -> dict[str, nn.Module]:
+        """The heads by name."""
+        return {f"heads.{i}": head for i, head in enumerate(self.heads)}
+
+
+class Head(nn.Module):
+    """Halving 4x4 convolutions down to about 4 pixels a side, then logits of patches."""
+
+    def __init__(self, in_channels: int, size: int, *, channels: int, group: int, c_dim: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+
+        def add(width: int, kernel_size: int, stride: int) -> None:
+            nonlocal in_channels
+            layers.append(SpectralConv2d(in_channels, width, kernel_size, stride=stride, padding=1, bias=not group))
+            if group:
+                layers.append(GroupedBatchNorm(width, group))
+            layers.append(nn.LeakyReLU(0.2))
+            in_channels = width
+
+        while size >= 2 * _COARSEST:
+            add(min(channels, 2 * in_channels), 4, 2)
+            size //= 2
+        if not layers:
+            add(min(channels, in_channels), 3, 1)
+        self.layers = nn.Sequential(*layers)
+        self.embed = nn.Linear(c_dim, in_channels, bias=False) if c_dim else None
+        self.logits = SpectralConv2d(in_channels, 1, 3, padding=1)
+
+    def forward(self, x: Tensor, c: Tensor | None = None) -> Tensor:
+        """[B, in, h, w] -> float32 [B, h', w']."""
+        x = self.layers(x)
+        logits: Tensor = self.logits(x)[:, 0]
+        if self.embed is not None and c is not None:
+            logits = logits + (x * self.embed(c)[:, :, None, None].to(x.dtype)).mean(1)
+        return logits.float()
+
+
+class GroupedBatchNorm(nn.Module):
+    """Batch normalisation over groups of samples, with a scale and a shift for each channel (arXiv 2301.09515, app. A).
+
+    Samples n, n + B / group, ... are normalised together, as the phases of training cut them: so the result is the same
+    in any micro-batch. Nothing is kept from one forward to the next.
+    """
+
+    def __init__(self, channels: int, group: int) -> None:
+        super().__init__()
+        self.group = group
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, h, w] -> the same; B is a multiple of the group, or all are one group."""
+        group = self.group if len(x) % self.group == 0 else len(x)
+        grouped = x.float().unflatten(0, (group, -1))  # [group, B / group, C, h, w]
+        variance, mean = torch.var_mean(grouped, dim=(0, 3, 4), keepdim=True, correction=0)
+        scale = self.weight[:, None, None] * (variance + 1e-5).rsqrt()
+        return ((grouped - mean) * scale + self.bias[:, None, None]).flatten(0, 1).to(x.dtype)
+
+
+class SpectralConv2d(nn.Conv2d):
+    """A convolution whose weight is divided by its largest singular value (Miyato et al. 2018, arXiv 1802.05957).
+
+    The singular vectors move at the first forward after `is_stale` was set, and in no other: so a forward that is
+    repeated, or cut into micro-batches, computes the same. Not when it is set, for then a weight may be elsewhere, or
+    its update be still to come.
+    """
+
+    left: Tensor
+    right: Tensor
+    is_stale = True
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        *,
+        stride: int = 1,
+        padding: int = 0,
+        bias: bool = True,
+    ) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, stride=stride, padding=padding, bias=bias)
+        self.register_buffer("left", F.normalize(torch.randn(out_channels), dim=0))
+        self.register_buffer("right", F.normalize(torch.randn(in_channels * kernel_size**2), dim=0))
+        for _ in range(15):  # from random vectors to nearly the largest
+            self._renew_norm()
+
+    @torch.no_grad()
+    def _renew_norm(self) -> None:
+        """One step of the power iteration."""
+        matrix = self.weight.flatten(1).to(self.left.dtype)
+        self.right.copy_(F.normalize(matrix.mT @ self.left, dim=0))
+        self.left.copy_(F.normalize(matrix @ self.right, dim=0))
+        self.is_stale = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.is_stale:
+            self._renew_norm()
+        weight = self.weight.float()
+        norm = torch.dot(self.left, weight.flatten(1) @ self.right)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return self._conv_forward(x, (weight / norm).to(x.dtype), bias)
+
+
+def _random_conv(in_channels: int, out_channels: int, kernel_size: int) -> nn.Conv2d:
+    """A convolution that keeps variance, as drawn (He et al. 2015), without bias."""
+    conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False)
+    nn.init.normal_(conv.weight, std=1 / math.sqrt(in_channels * kernel_size**2))
+    return conv
