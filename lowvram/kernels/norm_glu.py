@@ -46,8 +46,7 @@ class _NormGlu(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, noise: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, bias, noise)
-        n, _ = _normalised(x, bias, noise)
-        value, gate = n.chunk(2, dim=1)
+        value, gate = _normalised(x, bias, noise)[0].chunk(2, dim=1)
         return torch.sigmoid(gate).mul_(value)
 
     @staticmethod
@@ -56,18 +55,21 @@ class _NormGlu(Function):
         x, bias, noise = ctx.saved_tensors
         n, factor = _normalised(x, bias, noise)
         value, gate = n.chunk(2, dim=1)
-        open_ = torch.sigmoid(gate)
-        dn = torch.empty_like(n)
-        d_value, d_gate = dn.chunk(2, dim=1)
-        torch.mul(dy, open_, out=d_value)
+        dx = torch.empty_like(x)
+        d_value, d_gate = dx.chunk(2, dim=1)
+        # Half of the channels at a time, and in place where it can be: few tensors as large as x are there at once.
+        is_open = torch.sigmoid(gate)
+        torch.mul(dy, is_open, out=d_value)
         torch.mul(d_value, value, out=d_gate)
-        d_gate.mul_(1 - open_)
-        del open_
-        along = (dn * n).sum(1, keepdim=True, dtype=factor.dtype) / n.shape[1]
-        dt = dn.sub_(n.mul_(along)).mul_(factor)
-        d_bias = None if bias is None else dt.sum((0, 2, 3), dtype=factor.dtype).to(bias.dtype)
+        d_gate.mul_(is_open.neg_().add_(1))
+        del is_open
+        along = (d_value * value).sum(1, keepdim=True, dtype=factor.dtype)
+        along += (d_gate * gate).sum(1, keepdim=True, dtype=factor.dtype)
+        dx.sub_(n.mul_(along / n.shape[1])).mul_(factor)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        d_bias = None if bias is None else dx.sum((0, 2, 3), dtype=wide).to(bias.dtype)
         d_noise = None
         if noise is not None:
-            d_noise = dt.sum(1, keepdim=True, dtype=factor.dtype)
-            d_noise = (d_noise if len(noise) == len(dt) else d_noise.sum(0, keepdim=True)).to(noise.dtype)
-        return dt, d_bias, d_noise
+            d_noise = dx.sum(1, keepdim=True, dtype=wide)
+            d_noise = (d_noise if len(noise) == len(dx) else d_noise.sum(0, keepdim=True)).to(noise.dtype)
+        return dx, d_bias, d_noise

@@ -90,7 +90,10 @@ class Generator(nn.Module):
         for res in self.resolutions[1:]:
             block = getattr(self, f"b{res}")
             maps[res] = block(maps[res // 2], maps.get(res // _EXCITED_FROM), noise_mode, noise_seeds)
-        return torch.tanh(self.to_image(maps[self.resolution].float()))
+        last = maps[self.resolution]
+        image = self.to_image._conv_forward(last, self.to_image.weight.to(last.dtype), None).float()
+        assert self.to_image.bias is not None
+        return torch.tanh(image + self.to_image.bias[:, None, None])
 
     def blocks(self) -> dict[str, nn.Module]:
         """The blocks by name, in the order they run."""
