@@ -115,6 +115,8 @@ if [[ $rehearse ]]; then
   fine_tuning="recipe=sd15_lora memory=recipe resolution=64 data.builtin_count=4 data.workers=0 --steps 1 --warmup 1"
   fine_tuning="$fine_tuning --json $out/fine_tuning.json"
   energy_seconds=0.3
+  quality="recipe=faces32,faces32_fast resolution=16 model.channel_base=256 batch=8 data.builtin_count=16 kimg=0.016"
+  quality="$quality points=1 n=8 feature_size=32 shown=4"
   training="$tiny kimg=0.064 log_kimg=0.016 snapshot_kimg=0.032 grid=4 --seconds 60"
 else
   tests="tests/kernels"
@@ -127,6 +129,7 @@ else
   fine_tuning="$fine_tuning data.builtin_count=8 out=$out --steps 5"
   peers="--seconds 3 --only diffusers_unet,torchvision_resnet50,timm_vit" # kernels has the optimizers
   energy_seconds=8
+  quality="recipe=faces256,faces256_fast vram=6GB seconds=120 points=4 n=1000 data.builtin_count=2000 measure_on=cuda"
   training="recipe=faces64 batch=64 vram=6GB snapshot_kimg=5 data.builtin_count=2000 --seconds 45"
 fi
 [[ $(lacking xdist) ]] || tests="$tests -n $(($(nproc) < 8 ? $(nproc) : 8)) --dist worksteal"
@@ -159,6 +162,8 @@ fi
   part fine_tuning 400 "$hydra transformers peft" \
     "$python" -m benchmarks.train_step $fine_tuning weights=random batch=1
   part energy 60 "pynvml $hydra" "$python" -m benchmarks.energy seconds=$energy_seconds json="$out/energy.json"
+  part fast_gan 420 "$hydra $faces torch_fidelity efficientnet_lite_pytorch" \
+    "$python" -m benchmarks.time_to_quality $quality out="$out/fast_gan"
   part denoiser_step 45 "$hydra diffusers" "$python" -m benchmarks.denoiser_step $denoiser --json "$out/denoiser_step.json"
 }
 [[ $ran ]] || { echo "gpu_check: --only $only names no part" >&2; exit 64; }

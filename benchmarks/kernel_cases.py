@@ -365,6 +365,28 @@ def geglu() -> list[Case]:
     return [case(64, 256, 1024, BRAIN), case(16, 256, 1024, HALF)]
 
 
+def norm_glu() -> list[Case]:
+    """FastGAN's layers, after their convolutions: by PyTorch on every device, made of several passes."""
+    from lowvram.kernels import norm_glu as module
+
+    def case(channels: int, size: int, dtype: torch.dtype) -> Case:
+        return Case(
+            kernel="norm_glu",
+            name=f"[B, 2 x {channels}, {size}, {size}]",
+            recipe="faces256_fast",
+            shapes=lambda n: {"x": (n, 2 * channels, size, size), "bias": (2 * channels,), "noise": (n, 1, size, size)},
+            batch=8,
+            ours=lambda i, impl: module.norm_glu(i["x"], i["bias"], i["noise"]),
+            plain=lambda i: module.plain(i["x"], i["bias"].to(i["x"].dtype), i["noise"].to(i["x"].dtype)),
+            dtype=dtype,
+            fp32=("bias", "noise"),
+            channels_last=dtype == HALF,
+            element_wise=False,
+        )
+
+    return [case(32, 256, HALF), case(128, 64, HALF)]
+
+
 CASES: dict[str, Callable[[], list[Case]]] = {
     "bias_act": bias_act,
     "upfirdn2d": upfirdn2d,
@@ -377,6 +399,7 @@ CASES: dict[str, Callable[[], list[Case]]] = {
     "gated_residual": gated_residual,
     "swiglu": swiglu,
     "geglu": geglu,
+    "norm_glu": norm_glu,
 }
 
 

@@ -78,6 +78,7 @@ def floor(values: Mapping[str, float]) -> list[str]:
 def sooner(points: Sequence[Point]) -> list[str]:
     """When each recipe is as near to the real images as the first one is at its end, by each distance.
 
+    It is held against the time when the first one was that near for the first time, which may be before its end.
     A distance by which the first one has come no nearer since its first point tells nothing yet, and is said to.
     """
     courses: dict[str, list[Point]] = {}
@@ -95,12 +96,14 @@ def sooner(points: Sequence[Point]) -> list[str]:
         end = course[-1]["details"]["values"]
         for metric in telling:
             goal = last["values"][metric]
-            what = f"{short(metric)} {goal:.4g}, {first}'s after {last['seconds']:.0f} s"
+            since = reached(own, metric, goal)
+            assert since is not None  # at its end, if not before
+            what = f"{short(metric)} {goal:.4g}, {first}'s after {since:.0f} s"
             when = reached(course, metric, goal)
             if when is None:
                 lines.append(f"{name} does not reach {what}: {end[metric]:.4g} at its end")
             else:
-                lines.append(f"{name} reaches {what}, after {when:.0f} s: {last['seconds'] / when:.2g} times as soon")
+                lines.append(f"{name} reaches {what}, after {when:.0f} s: {since / when:.2g} times as soon")
     return lines
 
 

@@ -27,21 +27,27 @@ from benchmarks.device import order_by_bus
 from lowvram import Trainer, load_recipe
 from lowvram.errors import LowVRAMError
 from lowvram.launch import prefer_huge_pages
+from lowvram.memory.guard import resident_peak_bytes
 from lowvram.metrics.evaluation import batch_size
 from lowvram.metrics.real import real_indices
 from lowvram.settings import Settings
+
+_STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 class TimedTrainer(Trainer):
     """A trainer with a clock that counts training: neither saving nor sample grids, pages or a first look at the data.
 
-    trained_seconds: up to the last slice's end. allocated_bytes, reserved_bytes: the most in any phase up to now, on a
-    CPU both of the process' resident set.
+    trained_seconds: up to the last slice's end. allocated_bytes, reserved_bytes: the most up to now while the clock
+    ran; peak_is: of what. On a card it is the most in any phase, after the cache of what was sampled and saved was
+    emptied. On a CPU both are of the process' resident set, libraries and what the heap keeps of earlier work included;
+    where the system can't begin a peak anew (it can on Linux), also of making the trainer, sampling and saving.
     """
 
     def __init__(self, recipe: Settings) -> None:
         self.trained_seconds = 0.0
         self.allocated_bytes = self.reserved_bytes = 0
+        self.peak_is = "reserved by torch on the card"  # on a CPU see `_go`
         self._since: float | None = None  # when the clock was last started
         self._waiting = ExitStack()  # holds the account still between slices
         super().__init__(recipe, quiet=True)
@@ -52,15 +58,14 @@ class TimedTrainer(Trainer):
         """Go on up to so many seconds or images since the start; what it took until now, and whether it is done."""
         done = False
         self._waiting.close()
-        self._since = time.perf_counter()
+        self._go()
         while not done and not self._reached(seconds, images):
             result = next(self._steps, None)
             if result is None:
                 done = True
-            else:
+            elif self.device.type == "cuda":
                 for cost in result.costs.values():
-                    self.allocated_bytes = max(self.allocated_bytes, cost.allocated_bytes)
-                    self.reserved_bytes = max(self.reserved_bytes, cost.reserved_bytes)
+                    self._note_peak(cost.allocated_bytes, cost.reserved_bytes)
         self._stop()
         if not done:
             self._waiting.enter_context(self.account.paused())
@@ -71,21 +76,24 @@ class TimedTrainer(Trainer):
             "energy_by": self.account.meter.by,
             "allocated_bytes": self.allocated_bytes,
             "reserved_bytes": self.reserved_bytes,
+            "peak_is": self.peak_is,
             "done": done or self.images_seen >= round(self.recipe.kimg * 1000),
         }
 
     def write_samples(self, n: int, path: str) -> dict[str, Any]:
         """Images 0 ... n - 1 of the averaged network to a file, uint8 [n, C, R, R], a few at a time."""
-        options: dict[str, Any] = {}
-        images = self.task.dataset()
-        if images.labels is not None and "classes" in self.task.sample_options:  # as often as the data has them
-            options["classes"] = [int(images.labels[i]) for i in real_indices(len(images), len(images))]
+        # As training draws it, and as lowvram.evaluate measures.
+        options: dict[str, Any] = {"noise_mode": "random"} if "noise_mode" in self.task.sample_options else {}
+        real = self.task.dataset()
+        if real.labels is not None and "classes" in self.task.sample_options:  # as often as the data has them
+            options["classes"] = [int(real.labels[i]) for i in real_indices(len(real), len(real))]
         resolution, batch = self.recipe.resolution, batch_size(self.recipe.resolution)
-        out = np.lib.format.open_memmap(path, "w+", np.uint8, (n, 3, resolution, resolution))
-        for start in range(0, n, batch):
-            count = min(batch, n - start)
-            out[start : start + count] = self.sample(count, seed=0, start=start, **options).numpy()
-        out.flush()
+        header = {"descr": "|u1", "fortran_order": False, "shape": (n, 3, resolution, resolution)}
+        with Path(path).open("wb") as out:  # what is mapped into memory would be resident
+            np.lib.format.write_array_header_1_0(out, header)
+            for start in range(0, n, batch):
+                images = self.sample(min(batch, n - start), seed=0, start=start, **options)
+                out.write(images.contiguous().numpy().tobytes())
         return {}
 
     def finish(self) -> dict[str, Any]:
@@ -102,12 +110,31 @@ class TimedTrainer(Trainer):
         assert seconds is not None and self._since is not None
         return self.trained_seconds + time.perf_counter() - self._since >= seconds
 
+    def _go(self) -> None:
+        """Start the clock, and memory's peak anew."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
+        elif _reset_resident_peak():
+            self.peak_is = "resident in the process while it trained"
+        else:
+            self.peak_is = "resident in the process, also while it was measured"
+        self._since = time.perf_counter()
+
     def _stop(self) -> None:
+        """Stop the clock."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         if self._since is not None:
             self.trained_seconds += time.perf_counter() - self._since
+            if self.device.type != "cuda":
+                resident = _resident_peak_bytes()
+                self._note_peak(resident, resident)
         self._since = None
+
+    def _note_peak(self, allocated_bytes: int, reserved_bytes: int) -> None:
+        self.allocated_bytes = max(self.allocated_bytes, allocated_bytes)
+        self.reserved_bytes = max(self.reserved_bytes, reserved_bytes)
 
     @contextmanager
     def _uncounted(self) -> Iterator[None]:
@@ -120,7 +147,7 @@ class TimedTrainer(Trainer):
             with self.account.paused():
                 yield
         finally:
-            self._since = time.perf_counter()
+            self._go()
 
     def save(self, *, final: bool = False) -> Path | None:
         with self._uncounted():
@@ -133,6 +160,33 @@ class TimedTrainer(Trainer):
     def _write_page(self, *, running: bool) -> None:
         with self._uncounted():
             super()._write_page(running=running)
+
+
+def _reset_resident_peak() -> bool:
+    """Begin the peak of this process' resident set anew, where the system can (Linux), and whether it did."""
+    if _high_water_bytes() is None:
+        return False
+    try:
+        _CLEAR_REFS.write_text("5")  # proc(5): the peak becomes what is resident now
+    except OSError:
+        return False
+    return True
+
+
+def _resident_peak_bytes() -> int:
+    """The peak since it was last begun anew; since the process' start where that can't be had."""
+    peak = _high_water_bytes()
+    return resident_peak_bytes() if peak is None else peak
+
+
+def _high_water_bytes() -> int | None:
+    """VmHWM; None where the system does not tell. That of getrusage never falls below a parent's."""
+    try:
+        lines = _STATUS.read_text().splitlines()
+    except OSError:
+        return None
+    found = [line.split()[1] for line in lines if line.startswith("VmHWM:")]  # in kB of 1024 bytes
+    return int(found[0]) * 1024 if found else None
 
 
 def answer(lines: Iterator[str], out: IO[str]) -> None:

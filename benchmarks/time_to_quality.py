@@ -14,13 +14,13 @@ a process of its own (benchmarks.quality_worker), which has a peak of memory and
 wait keep their memory: a card must have room for all. What a run's own metrics say of time has the waiting in it.
 
 OUT gets quality.json (of the schema of benchmarks.record, written after each measurement), curves.png, samples.png and
-the runs. Exit code 1: a training failed.
+the runs. Exit code 1: a training failed, or a measurement.
 """
 
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -36,11 +36,13 @@ from benchmarks import record
 from benchmarks.quality_worker import Worker
 from lowvram.config import command, load_recipe
 from lowvram.errors import LowVRAMError
-from lowvram.metrics.evaluation import BACKBONES, Evaluation, batch_size, evaluate_images
+from lowvram.memory.recovery import free_memory, is_out_of_memory
+from lowvram.metrics.evaluation import BACKBONES, Evaluation, batch_size, check_counts, evaluate_images
+from lowvram.metrics.features import EfficientNetLite0, RandomConv
 from lowvram.metrics.real import Images, real_indices
 from lowvram.sampling.grids import save_grid
 from lowvram.settings import Settings
-from lowvram.tasks import open_images
+from lowvram.tasks import open_images, pick_device
 
 METRICS = ("frechet", "precision_recall", "swd")
 WRITTEN = ("quality.json", "curves.png", "samples.png")
@@ -104,23 +106,23 @@ class Options:
 
 @dataclass
 class Course:
-    """What is known of one recipe's training: points, and a few of the images of each (None where it failed)."""
+    """What is known of one recipe's training: points, and a few of the images of each (None where there are no values).
+
+    failed: it can't go on. done: it has its recipe's length.
+    """
 
     name: str
     given: str
     worker: Worker | None = None
     points: list[dict[str, Any]] = field(default_factory=list)
     images: list[Tensor | None] = field(default_factory=list)
+    failed: bool = False
+    done: bool = False
 
     @property
-    def failed(self) -> bool:
-        """Whether its last point is an error."""
-        return bool(self.points) and self.points[-1]["error"] is not None
-
-    @property
-    def ended(self) -> bool:
-        """Whether there is nothing to come: it failed, or has its recipe's length."""
-        return self.failed or (bool(self.points) and self.points[-1]["details"]["ended"])
+    def measured(self) -> int:
+        """How many points there are up to the last one that has values."""
+        return max((n for n, point in enumerate(self.points, 1) if not point["error"]), default=0)
 
 
 def check_same_images(recipes: Mapping[str, Settings]) -> None:
@@ -157,6 +159,10 @@ class Comparison:
         first = next(iter(settings.values()))
         self.mirror, self.resolution = first.data.mirror, first.resolution
         self.real: Images = open_images(first)
+        check_counts(options.n, self.real)
+        self.measure_on = _device(options.measure_on)
+        EfficientNetLite0(self.measure_on, options.feature_size)  # raises what it would raise after the first training
+        RandomConv(self.measure_on)
         self.courses = [Course(name, given) for name, given in options.recipes.items()]
         self.width = max(map(len, options.recipes))
         self.floor: dict[str, float] = {}
@@ -178,7 +184,7 @@ class Comparison:
             for turn, goal in enumerate(self.options.goals()):
                 # Whoever came first comes last the next time.
                 for course in self.courses[:: -1 if turn % 2 else 1]:
-                    if not course.ended:
+                    if not (course.failed or course.done):
                         self._measure(course, turn, goal)
                 self._draw()
             for course in self.courses:
@@ -194,7 +200,7 @@ class Comparison:
         try:
             course.worker = Worker(course.given, self.overrides[course.name])
         except LowVRAMError as error:
-            self._failed(course, 0, error)
+            self._failed(course, 0, error.problem)
             return
         stack.callback(course.worker.close)
         self.environment = course.worker.environment["environment"]
@@ -204,20 +210,37 @@ class Comparison:
         """Train a recipe up to a goal, and add the point."""
         assert course.worker is not None
         by_time = self.options.seconds is not None
+        file = self.out / f".{course.name}.npy"
         try:
-            took = course.worker.ask(
-                "train", seconds=goal if by_time else None, images=None if by_time else math.ceil(goal * 1000)
-            )
-            file = self.out / f".{course.name}.npy"
             try:
+                took = course.worker.ask(
+                    "train", seconds=goal if by_time else None, images=None if by_time else math.ceil(goal * 1000)
+                )
+                course.done = took["done"]
                 course.worker.ask("sample", n=self.options.n, path=str(file))
-                images = torch.from_numpy(np.load(file))
-            finally:
-                file.unlink(missing_ok=True)
+            except LowVRAMError as error:
+                self._failed(course, turn, error.problem)
+                return
+            self._add(course, turn, took, torch.from_numpy(np.load(file, mmap_mode="c")))  # read as it is needed
+        finally:
+            file.unlink(missing_ok=True)
+
+    def _add(self, course: Course, turn: int, took: Mapping[str, Any], images: Tensor) -> None:
+        """Add the point of images uint8 [n, 3, R, R], which is an error where they can't be measured."""
+        measured: Evaluation | None = None
+        problem = ""
+        try:
+            measured = self._evaluate(images)
         except LowVRAMError as error:
-            self._failed(course, turn, error)
+            problem = error.problem
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+                raise
+            problem = (str(error) or repr(error)).splitlines()[0][:300]
+        if measured is None:  # the training may go on
+            free_memory(self.measure_on)  # of what the error held
+            self._without_values(course, turn, f"it could not be measured: {problem}")
             return
-        measured = self._evaluate(images)
         course.images.append(images[: self.options.shown].clone())
         save_grid(images[: self.options.shown], self.out / f"{course.name}-{turn + 1:02d}.png")
         course.points.append(self._point(course, turn, took, measured))
@@ -231,7 +254,7 @@ class Comparison:
         try:
             course.worker.ask("finish")
         except LowVRAMError as error:
-            self._failed(course, self.options.points - 1, error)
+            self._failed(course, self.options.points - 1, error.problem)
 
     def _evaluate(self, images: Tensor) -> Evaluation:
         found = evaluate_images(
@@ -243,7 +266,7 @@ class Comparison:
             floor=not self.floor,  # it is always the same
             mirror=self.mirror,
             feature_size=self.options.feature_size,
-            device=self.options.measure_on,
+            device=self.measure_on,
             progress=False,
         )
         self.floor = self.floor or found.floor
@@ -268,7 +291,7 @@ class Comparison:
                 "images_per_kwh": took["images"] / kwh if kwh > 0 else None,
                 "energy_by": took["energy_by"],
                 "peak_bytes": peak,
-                "peak_is": "reserved by torch on the card" if self.on_gpu else "resident in the whole process",
+                "peak_is": took["peak_is"],
                 "ended": took["done"],
                 "generated": measured.generated_images,
                 "real": measured.real_images,
@@ -277,18 +300,18 @@ class Comparison:
             },
         )
 
-    def _failed(self, course: Course, turn: int, error: LowVRAMError) -> None:
+    def _failed(self, course: Course, turn: int, problem: str) -> None:
+        course.failed = True
+        self._without_values(course, turn, problem)
+
+    def _without_values(self, course: Course, turn: int, problem: str) -> None:
         course.images.append(None)
         course.points.append(
             record.point(
-                "time_to_quality",
-                self._name(turn),
-                recipe=course.name,
-                overrides=self._asked(),
-                error=error.problem,
+                "time_to_quality", self._name(turn), recipe=course.name, overrides=self._asked(), error=problem
             )
         )
-        print(f"{course.name} failed: {error.problem}", flush=True)
+        print(f"{course.name} failed: {problem}", flush=True)
         self._write()
 
     def _print(self, point: Mapping[str, Any]) -> None:
@@ -314,11 +337,21 @@ class Comparison:
         if not done:
             return
         pictures.draw_curves(done, self.out / "curves.png")
-        shown = {course.name: course.images for course in self.courses if course.name in done}
+        sampled = {course.name: course.points[: course.measured] for course in self.courses if course.measured}
+        shown = {course.name: course.images for course in self.courses if course.measured}
         real = torch.stack([self.real[i] for i in real_indices(len(self.real), self.options.shown)])
         unit = "s" if self.options.seconds is not None else "kimg"
         times = [f"{table.brief(goal)} {unit}" for goal in self.options.goals()]
-        pictures.draw_samples(done, shown, real, self.out / "samples.png", times=times)
+        pictures.draw_samples(sampled, shown, real, self.out / "samples.png", times=times)
+
+
+def _device(name: str) -> torch.device:
+    """The device of measure_on=. Raises LowVRAMError where it is not there."""
+    with suppress(RuntimeError, LowVRAMError):
+        device = pick_device(name)
+        if device.type in ("cpu", "cuda"):
+            return device
+    raise LowVRAMError(f"measure_on={name} is not there.", "Use cpu; or cuda or cuda:N, where torch sees that GPU.")
 
 
 def _has_schedule(settings: Settings) -> bool:

@@ -39,7 +39,7 @@ _WORDS = (
 )
 _PATHS = (
     *("weights", "out", "resume", "data.path", "data.masks", "latent.path", "latent.folder", "prior.folder"),
-    *("lora.begin", "lora.stack", "embedding.templates", "mark.certificate", "mark.key"),
+    *("projection.backbone_weights", "lora.begin", "lora.stack", "embedding.templates", "mark.certificate", "mark.key"),
 )
 
 

@@ -111,9 +111,15 @@ def _words(names: str) -> list[str]:
 def _more(options: EvaluateOptions) -> str:
     """What else was asked for than is usual, as a few digits, so that no evaluation takes another's place."""
     usual = {field.name: field.default for field in fields(EvaluateOptions)}
-    names = ("noise", "metrics", "backbone", "feature_size", *_DIFFUSION)
-    asked = {name: getattr(options, name) for name in names if getattr(options, name) != usual[name]}
+    names = ("noise", "metrics", "floor", "backbone", "feature_size", "inception", *_DIFFUSION)
+    asked = {name: _in_order(name, getattr(options, name)) for name in names}
+    asked = {name: value for name, value in asked.items() if value != _in_order(name, usual[name])}
     return f"-{hashlib.sha256(json.dumps(asked, default=str).encode()).hexdigest()[:8]}" if asked else ""
+
+
+def _in_order(name: str, value: Any) -> Any:
+    """The value of an option; of a list of names, in whose order nothing lies, the names in a fixed one."""
+    return sorted(set(_words(value))) if name in ("metrics", "backbone") else value
 
 
 def evaluate(

@@ -8,7 +8,7 @@ from lowvram import checkpoint
 from lowvram.config import differences, settings_from, settings_values
 from lowvram.errors import LowVRAMError
 from lowvram.run import Run, newest
-from lowvram.settings import Settings
+from lowvram.settings import ProjectedGanSettings, Settings
 
 # Settings of the invocation: they may differ from the saved ones without a word.
 _OF_MACHINE = ("price", "electricity", "carbon", "contributor")
@@ -101,6 +101,8 @@ def _check_here(settings: Settings) -> None:
     paths = {"data.path": settings.data.path, "data.masks": settings.data.masks}
     if settings.task == "stable_diffusion":  # of others the checkpoints hold all that is needed
         paths["weights"] = settings.weights
+    if isinstance(settings, ProjectedGanSettings):
+        paths["projection.backbone_weights"] = settings.projection.backbone_weights
     for name, path in paths.items():
         if path in (None, "alpha", "random") or name in settings.overrides or _exists(path):
             continue

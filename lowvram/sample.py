@@ -56,7 +56,7 @@ class SampleOptions:
     truncation: float | None = field(
         default=None, metadata=_help("StyleGAN2: 1 for full variety, 0.7 for safer images, 0 for the average")
     )
-    noise: str | None = field(default=None, metadata=_help("StyleGAN2: const, random or none"))
+    noise: str | None = field(default=None, metadata=_help("StyleGAN2, FastGAN: const, random or none"))
     prompt: str | None = field(default=None, metadata=_help("text; several, in turn, with | between them"))
     negative: str | None = field(default=None, metadata=_help("text that guidance leads away from"))
     size: str | None = field(default=None, metadata=_help("diffusion: width x height, such as 768x512"))

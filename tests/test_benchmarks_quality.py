@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -81,6 +82,24 @@ def test_recipes_of_other_images_are_refused(tmp_path: Path) -> None:
         Comparison(Options(recipe="faces32", seconds=1, out=str(tmp_path / "out")), ["secondz=3"])
 
 
+@pytest.mark.parametrize(
+    ("asked", "words", "said"),
+    [
+        ({"feature_size": 16}, [], "feature_size=16"),
+        ({"measure_on": "cuda:99"}, [], "measure_on=cuda:99 is not there"),
+        ({"measure_on": "gpu"}, [], "measure_on=gpu is not there"),
+        ({"measure_on": "meta"}, [], "measure_on=meta is not there"),
+        ({}, ["data.builtin_count=7"], "7 images, too few"),
+    ],
+)
+def test_what_measuring_would_find_wrong_is_said_before_training(
+    asked: dict[str, Any], words: list[str], said: str, tmp_path: Path
+) -> None:
+    with pytest.raises(LowVRAMError, match=said):
+        Comparison(Options(recipe="faces32", seconds=1, out=str(tmp_path / "out"), **asked), words)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_recipe_with_a_schedule_keeps_its_length(tmp_path: Path) -> None:
     def length(recipe: str, *words: str) -> float:
         found = Comparison(Options(recipe=recipe, seconds=1, out=str(tmp_path / "out")), words).overrides[recipe]
@@ -115,12 +134,36 @@ def test_the_clock_counts_neither_saving_nor_sampling(
     assert first["joules"] <= second["joules"]
     written = np.load(tmp_path / "some.npy")
     assert written.shape == (9, 3, 16, 16) and written.dtype == np.uint8
-    assert not torch.equal(torch.from_numpy(written), trainer.sample(9, seed=0))  # it has learned since
+    now = trainer.sample(9, seed=0, noise_mode="random")
+    assert not torch.equal(torch.from_numpy(written), now)  # it has learned since
     trainer.write_samples(9, str(tmp_path / "some.npy"))
-    assert torch.equal(torch.from_numpy(np.load(tmp_path / "some.npy")), trainer.sample(9, seed=0))
+    assert torch.equal(torch.from_numpy(np.load(tmp_path / "some.npy")), now)
     trainer.finish()
     assert json.loads((tmp_path / "run" / "receipt.json").read_text()) and (tmp_path / "run" / "report.html").is_file()
     assert trainer.account.seconds() < elapsed - 2 * slow
+
+
+@pytest.mark.skipif(not quality_worker._reset_resident_peak(), reason="the system can't begin a peak anew")
+def test_memory_that_measuring_and_saving_take_is_not_training_s(
+    tiny: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def hold(*_: Any, **__: Any) -> None:
+        torch.ones(2**27)  # 512 MB, all touched
+
+    monkeypatch.setattr(Trainer, "save_samples", hold)
+    monkeypatch.setattr(Trainer, "train_step", lambda self, batch: _quick_step(self))
+    trainer = TimedTrainer(tiny("kimg=1", "snapshot_kimg=0.008"))
+    hold()
+    before = psutil.Process().memory_info().rss
+    first = trainer.train(seconds=None, images=16)  # which saves
+    assert 2**20 < first["reserved_bytes"] < before + 2**28
+    assert first["peak_is"] == "resident in the process while it trained"
+    hold()
+    assert trainer.train(seconds=None, images=32)["reserved_bytes"] < before + 2**28
+    monkeypatch.setattr(Trainer, "train_step", lambda self, batch: (hold(), _quick_step(self))[1])
+    assert trainer.train(seconds=None, images=48)["reserved_bytes"] > before + 2**28
+    monkeypatch.setattr(quality_worker, "_CLEAR_REFS", tmp_path / "nowhere" / "clear_refs")
+    assert "also while it was measured" in trainer.train(seconds=None, images=64)["peak_is"]
 
 
 def test_time_ends_a_slice(tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,6 +236,7 @@ class FakeWorker:
             "energy_by": "estimate",
             "allocated_bytes": 2**30,
             "reserved_bytes": 2**30,
+            "peak_is": "made up",
             "done": False,
         }
 
@@ -259,6 +303,46 @@ def test_a_training_that_fails_stops_no_other(
     assert ("faces32", "finish") not in FakeWorker.asked
 
 
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory."), "CUDA out of memory."),
+        (MemoryError(), "MemoryError()"),
+        (LowVRAMError("it is not finite.", "Wait."), "it is not finite."),
+    ],
+)
+def test_a_measurement_that_fails_is_a_point_and_no_more(
+    error: Exception, said: str, made_up: Callable[..., Comparison], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluate, calls = time_to_quality.evaluate_images, iter([None, error])
+
+    def fails_once(*args: Any, **options: Any) -> Evaluation:
+        if problem := next(calls, None):
+            raise problem
+        return evaluate(*args, **options)
+
+    comparison = made_up(points=3)
+    monkeypatch.setattr(time_to_quality, "evaluate_images", fails_once)
+    points = comparison.run()
+    errors = [(point["recipe"], point["error"]) for point in points]
+    failed = f"it could not be measured: {said}"
+    assert errors == [*[("faces32", None)] * 3, ("other", failed), *[("other", None)] * 2]
+    assert [name for name, what in FakeWorker.asked if what == "finish"] == ["faces32", "other"]
+    assert all((tmp_path / "out" / name).is_file() for name in time_to_quality.WRITTEN)
+    assert not list((tmp_path / "out").glob(".*"))
+
+
+def test_a_defect_of_ours_is_no_point(made_up: Callable[..., Comparison], monkeypatch: pytest.MonkeyPatch) -> None:
+    def evaluate(*_: Any, **__: Any) -> Evaluation:
+        raise RuntimeError("shapes do not fit")
+
+    comparison = made_up()
+    monkeypatch.setattr(time_to_quality, "evaluate_images", evaluate)
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        comparison.run()
+    assert FakeWorker.closed == 2
+
+
 def test_what_was_measured_outlives_an_interruption(
     made_up: Callable[..., Comparison], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -290,6 +374,13 @@ def test_who_is_as_good_sooner_is_said() -> None:
     assert quality_table.sooner(slow) == []
     astray = quality_table.sooner([a_point("slow", 10, 90), a_point("slow", 100, 100), *fast])
     assert astray == [f"by {metric} slow came no nearer" for metric in ("FD Lite0", "FD rand", "SWD")]
+
+
+def test_the_first_one_s_time_is_that_of_its_first_being_so_near() -> None:
+    slow = [a_point("slow", seconds, distance) for seconds, distance in ((5, 200), (100, 50), (300, 90))]
+    fast = [a_point("fast", 60, 90)]
+    said = quality_table.sooner([*slow, *fast])
+    assert said[0] == "fast reaches FD Lite0 90, slow's after 75 s, after 60 s: 1.2 times as soon"
 
 
 def test_a_row_has_a_cell_for_each_head() -> None:

@@ -264,6 +264,7 @@ def plain_loss() -> float:
 
 # What others among these hold in part.
 SLOW = (
+    "bf16 autocast",
     "adam8bit",
     "bf16 weights",
     "bf16 weights, 8 bit, streamed",

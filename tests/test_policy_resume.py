@@ -103,8 +103,8 @@ def _defaults(overrides: tuple[str, ...]) -> list[str]:
     ("first", "second", "says"),
     [
         ("adam", "adam8bit", "converted from adam to adam8bit"),
-        ("adam8bit", "adam", "converted from adam8bit to adam"),
-        ("adam", "lion8bit", "anew"),
+        pytest.param("adam8bit", "adam", "converted from adam8bit to adam", marks=pytest.mark.slow),
+        pytest.param("adam", "lion8bit", "anew", marks=pytest.mark.slow),
         ("adam8bit", "adafactor", "adafactor"),
     ],
 )

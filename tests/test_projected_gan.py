@@ -15,7 +15,6 @@ from tiny_projected import CALM, PROJECTED
 from torch import Tensor
 
 from lowvram import LowVRAMError, Trainer, load_recipe
-from lowvram.models.projected import SpectralConv2d
 from lowvram.phase import MicroBatch
 from lowvram.tasks.projected_gan import ProjectedGanTask
 
@@ -85,8 +84,19 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str,
     return lambda seed, generator, *words: (plain if words in PLAIN else make)(seed, generator, *words)
 
 
-@pytest.mark.parametrize("technique", TECHNIQUES)
-@pytest.mark.parametrize("generator", GENERATORS)
+# Tried with both generators; others are slow, for each has more to do with the policy than with the network.
+BOTH = ("recompute", "micro-batches", "streamed")
+FAST = (*BOTH, "offload", "deferred", "fused G", "frozen weights streamed", "sharded")
+
+
+@pytest.mark.parametrize(
+    ("generator", "technique"),
+    [
+        pytest.param(g, t, marks=[pytest.mark.slow] * (t not in (FAST if g == "fastgan" else BOTH)))
+        for g in GENERATORS
+        for t in TECHNIQUES
+    ],
+)
 def test_the_same_is_trained_under(technique: str, generator: str, trained: Callable[..., dict[str, Tensor]]) -> None:
     overrides, tolerance = TECHNIQUES[technique]
     length = FEWER_STEPS if tolerance == REORDERED else ()
@@ -149,24 +159,33 @@ def test_checkpoints_hold_the_projections_and_no_backbone(tmp_path: Path) -> Non
     assert not any("stages" in key or "backbone" in key for key in saved)
 
 
-def test_norms_move_once_a_step_also_in_micro_batches(tmp_path: Path) -> None:
-    counts = {}
-    for name, overrides in (("whole", ()), ("parts", ("micro_batch.D=4", "micro_batch.G=4"))):
-        made = trainer(tmp_path / name, "kimg=0.016", *overrides)
-        moved = 0
-        plain = SpectralConv2d._renew_norm
+@pytest.mark.parametrize("phase", ["G", "D"])
+def test_a_phase_that_runs_out_of_memory_and_is_redone_ends_the_same(tmp_path: Path, phase: str) -> None:
+    whole, failed = (trainer(tmp_path / name, "kimg=0.024", *CALM["stylegan2"]) for name in ("whole", "failed"))
+    whole.fit()
+    (broken,) = (p for p in failed.task.phases if p.name == phase)
+    plain, calls = broken.loss, 0
 
-        def counted(module: SpectralConv2d, plain: Callable[..., None] = plain) -> None:
-            nonlocal moved
-            moved += 1
-            plain(module)
+    def once(micro: MicroBatch) -> object:
+        nonlocal calls
+        calls += 1
+        losses = plain(micro)
+        if calls == 2:
+            losses = next(losses) if phase == "D" else losses  # type: ignore[arg-type]
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+        return losses
 
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(SpectralConv2d, "_renew_norm", counted)
-            made.fit()
-        counts[name] = moved
-    layers = sum(isinstance(m, SpectralConv2d) for m in made.task.networks["D"].modules())
-    assert counts == {"whole": layers, "parts": layers}  # before the second of two steps
+    broken.loss = once  # type: ignore[assignment]
+    failed.fit()
+    assert calls >= 4
+    one, other = weights(whole), weights(failed)
+    assert [key for key in one if not torch.allclose(one[key], other[key], atol=REORDERED)] == []
+
+
+def test_another_backbone_than_the_run_s_is_refused(tmp_path: Path) -> None:
+    trainer(tmp_path / "run", "kimg=0.008").fit()
+    with pytest.raises(LowVRAMError, match="efficientnet_lite1 is not what the run was begun with"):
+        trainer(tmp_path / "run", "resume=auto", "projection.backbone=efficientnet_lite1")
 
 
 def test_classes_ada_and_another_generator_through_the_command_line(tmp_path: Path) -> None:
@@ -179,9 +198,9 @@ def test_classes_ada_and_another_generator_through_the_command_line(tmp_path: Pa
     done = run("lowvram.sample", "run=run", "n=3", "out=samples", "classes=[1]", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert len(list((tmp_path / "samples").glob("*.png"))) >= 3
-    done = run("lowvram.sample", "run=run", "n=3", "truncation_psi=0.5", "out=more", cwd=tmp_path)
+    done = run("lowvram.sample", "run=run", "n=3", "truncation=0.5", "out=more", cwd=tmp_path)
     assert done.returncode != 0
-    assert "nothing that a run of projected_gan knows" in done.stderr or "psi" in done.stderr
+    assert "nothing that a run of projected_gan knows" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -192,6 +211,8 @@ def test_classes_ada_and_another_generator_through_the_command_line(tmp_path: Pa
         (("projection.size=100",), "projection.size=100"),
         (("model.generator=biggan",), "model.generator=biggan"),
         (("augment.pipeline=dif",), "augment.pipeline=dif"),
+        (("model.generator=fastgan", "loss.range_weight=1"), "loss.range_weight"),
+        (("projection.backbone_weights=x.pth",), "projection.backbone_weights=x.pth"),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, overrides: tuple[str, ...], said: str) -> None:

@@ -110,7 +110,7 @@ def test_r1_is_first_order_and_so_may_be_recomputed(tiny: Make, tmp_path: Path) 
     "overrides",
     [
         ("memory.activations.R1=recompute",),
-        ("memory.activations.R1=offload",),
+        pytest.param(("memory.activations.R1=offload",), marks=pytest.mark.slow),
         ("memory.weights.D=stream", "memory.update.D=deferred", "memory.state.D=host"),
     ],
 )

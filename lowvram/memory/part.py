@@ -74,7 +74,7 @@ class Part:
         theirs = [shell.grad for shell in self.shells]
         try:
             if not self._stepped:  # else a call that something interrupted after the step goes on
-                self._follow(now)
+                self.optimizer.param_groups[0].update(now)
                 for shell, param, grad in zip(self.shells, self.params, grads, strict=True):
                     if self.narrow:
                         shell.data = param.detach().float()
@@ -93,19 +93,21 @@ class Part:
         self._put_away([None] * len(self.shells))
         self._stepped = False
 
+    def beta1_that_stays(self, now: Mapping[str, Any]) -> float | None:
+        """The beta1 that this part's state is for, where `now` goes from it to 0, or from 0 on; None: it can follow.
+
+        With 0 no first moment is kept. Adafactor never has one, and Lion always.
+        """
+        if "betas" not in now or optimizers.kind_of(self.optimizer) in ("adafactor", "lion8bit"):
+            return None
+        beta1 = float(self.optimizer.param_groups[0]["betas"][0])
+        return beta1 if (beta1 == 0) != (now["betas"][0] == 0) else None
+
     def adopt_state(self) -> None:
         """Move state that was loaded from a checkpoint to where this part keeps it."""
         if self._host_state is not None:
             self._host_state = []
             self._download()
-
-    def _follow(self, now: Mapping[str, Any]) -> None:
-        group = self.optimizer.param_groups[0]
-        if "betas" in now and (now["betas"][0] == 0) != (group["betas"][0] == 0):
-            raise ValueError(
-                f"beta1 went from {group['betas'][0]} to {now['betas'][0]}: with 0 no first moment is kept"
-            )
-        group.update(now)
 
     def _put_away(self, grads: Sequence[Tensor | None]) -> None:
         """Leave state and stand-ins as between steps, and these gradients."""

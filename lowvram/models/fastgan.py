@@ -53,7 +53,7 @@ class Generator(nn.Module):
             if res > 4:
                 coarse = channels.get(res // _EXCITED_FROM)
                 self.add_module(f"b{res}", Block(channels[res // 2], width, res, coarse, dtype=dtypes[res]))
-        self.to_image = nn.Conv2d(channels[resolution], image_channels, 3, padding=1)
+        self.to_image = ToImage(channels[resolution], image_channels, 3, padding=1)
         _initialise(self)
 
     def forward(
@@ -90,10 +90,8 @@ class Generator(nn.Module):
         for res in self.resolutions[1:]:
             block = getattr(self, f"b{res}")
             maps[res] = block(maps[res // 2], maps.get(res // _EXCITED_FROM), noise_mode, noise_seeds)
-        last = maps[self.resolution]
-        image = self.to_image._conv_forward(last, self.to_image.weight.to(last.dtype), None).float()
-        assert self.to_image.bias is not None
-        return torch.tanh(image + self.to_image.bias[:, None, None])
+        image: Tensor = self.to_image(maps[self.resolution])
+        return image
 
     def blocks(self) -> dict[str, nn.Module]:
         """The blocks by name, in the order they run."""
@@ -146,8 +144,16 @@ class Block(nn.Module):
         return seeded.randn(seeds, 1, size, size, stream=stream, device=const.device, batch=batch)
 
 
+class ToImage(nn.Conv2d):
+    """A convolution in the dtype of its input, to a float32 image in [-1, 1]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        image = self._conv_forward(x, self.weight.to(x.dtype), None).float()
+        return torch.tanh(image if self.bias is None else image + self.bias[:, None, None])
+
+
 class Excitation(nn.Module):
-    """Skip-layer excitation (section 3.1, equation 2): [B, in, h, w] -> weights in (0, 1), [B, out, 1, 1]."""
+    """Skip-layer excitation (section 3.1): [B, in, h, w] -> weights in (0, 1), [B, out, 1, 1]."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()

@@ -1,8 +1,9 @@
 """The projected discriminator (Sauer et al. 2021, arXiv 2111.01007): random projections of features, and small heads.
 
 Images go through a frozen network trained on ImageNet; its features at four scales are mixed across channels and across
-scales by random convolutions that never change (section 3.2); a head at each scale judges them (section 3.1). Only the
-heads are trained. Legend: B batch, w width of a map, h and w its sides.
+scales by random convolutions that never change, and a head at each scale judges them (section 3.2). Only the heads are
+trained. On a GPU the backward of resizing adds in any order (`F.interpolate`): runs agree there up to reordering.
+Legend: B batch, w width of a map, h and w its sides.
 """
 
 import itertools
@@ -116,11 +117,11 @@ class ProjectedDiscriminator(nn.Module):
         """Maps as from `Projection`, c one-hot [B, c_dim] or None -> logits of each scale, float32 [B, h, w]."""
         return [head(x, c) for head, x in zip(self.heads, maps, strict=True)]
 
-    def renew_norms(self) -> None:
-        """One step of the power iteration of every layer, at its next forward. Called once after an update."""
+    def keep_vectors(self) -> None:
+        """Let the power iteration of every layer go on from its last forward. Called once an update."""
         for module in self.modules():
             if isinstance(module, SpectralConv2d):
-                module.is_stale = True
+                module.keep_vectors()
 
     def blocks(self) -> dict[str, nn.Module]:
         """The heads by name."""
@@ -174,9 +175,10 @@ class GroupedBatchNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, h, w] -> the same; B is a multiple of the group, or all are one group."""
-        group = self.group if len(x) % self.group == 0 else len(x)
-        grouped = x.float().unflatten(0, (group, -1))  # [group, B / group, C, h, w]
+        """[B, C, h, w] -> the same. Raises LowVRAMError where B is no multiple of the group."""
+        if len(x) % self.group:
+            raise LowVRAMError(f"{len(x)} samples are not in groups of {self.group}.", "Give a multiple.")
+        grouped = x.float().unflatten(0, (self.group, -1))  # [group, B / group, C, h, w]
         variance, mean = torch.var_mean(grouped, dim=(0, 3, 4), keepdim=True, correction=0)
         scale = self.weight[:, None, None] * (variance + 1e-5).rsqrt()
         return ((grouped - mean) * scale + self.bias[:, None, None]).flatten(0, 1).to(x.dtype)
@@ -185,14 +187,12 @@ class GroupedBatchNorm(nn.Module):
 class SpectralConv2d(nn.Conv2d):
     """A convolution whose weight is divided by its largest singular value (Miyato et al. 2018, arXiv 1802.05957).
 
-    The singular vectors move at the first forward after `is_stale` was set, and in no other: so a forward that is
-    repeated, or cut into micro-batches, computes the same. Not when it is set, for then a weight may be elsewhere, or
-    its update be still to come.
+    A forward takes one step of the power iteration from the vectors that are kept, and keeps nothing: so one that is
+    repeated, cut into micro-batches or redone computes the same. `keep_vectors` keeps those of the last forward.
     """
 
     left: Tensor
     right: Tensor
-    is_stale = True
 
     def __init__(
         self,
@@ -207,22 +207,29 @@ class SpectralConv2d(nn.Conv2d):
         super().__init__(in_channels, out_channels, kernel_size, stride=stride, padding=padding, bias=bias)
         self.register_buffer("left", F.normalize(torch.randn(out_channels), dim=0))
         self.register_buffer("right", F.normalize(torch.randn(in_channels * kernel_size**2), dim=0))
+        self._latest: tuple[Tensor, Tensor] | None = None
         for _ in range(15):  # from random vectors to nearly the largest
-            self._renew_norm()
+            self._latest = self._iterated()
+            self.keep_vectors()
 
     @torch.no_grad()
-    def _renew_norm(self) -> None:
-        """One step of the power iteration."""
+    def _iterated(self) -> tuple[Tensor, Tensor]:
+        """Left and right singular vectors after one more step of the power iteration."""
         matrix = self.weight.flatten(1).to(self.left.dtype)
-        self.right.copy_(F.normalize(matrix.mT @ self.left, dim=0))
-        self.left.copy_(F.normalize(matrix @ self.right, dim=0))
-        self.is_stale = False
+        right = F.normalize(matrix.mT @ self.left, dim=0)
+        return F.normalize(matrix @ right, dim=0), right
+
+    @torch.no_grad()
+    def keep_vectors(self) -> None:
+        """Begin the next forward's step from the vectors of the last one's."""
+        if self._latest is not None:
+            self.left.copy_(self._latest[0])
+            self.right.copy_(self._latest[1])
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.is_stale:
-            self._renew_norm()
+        self._latest = left, right = self._iterated()
         weight = self.weight.float()
-        norm = torch.dot(self.left, weight.flatten(1) @ self.right)
+        norm = torch.dot(left, weight.flatten(1) @ right)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return self._conv_forward(x, (weight / norm).to(x.dtype), bias)
 

@@ -30,15 +30,15 @@ class TimmBackbone(Backbone):
             import timm
         except ImportError:
             raise LowVRAMError(
-                f"backbone={name} is one of timm, which is not installed.",
+                f"projection.backbone={name} is one of timm, which is not installed.",
                 "pip install timm, or use efficientnet_lite1.",
             ) from None
         network = _make(timm, name, weights)
         reductions, channels = network.feature_info.reduction(), network.feature_info.channels()
         if any(wanted not in reductions for wanted in _REDUCTIONS):
             raise LowVRAMError(
-                f"backbone={name} has maps at 1/{', 1/'.join(map(str, reductions))} of an image's size, and those at "
-                "1/4, 1/8, 1/16 and 1/32 are needed.",
+                f"projection.backbone={name} has maps at 1/{', 1/'.join(map(str, reductions))} of an image's "
+                "size, and those at 1/4, 1/8, 1/16 and 1/32 are needed.",
                 "Use a convolutional network, such as resnet18, convnext_tiny or efficientnet_lite1.",
             )
         # Of several maps of one size the last is the deepest.
@@ -62,7 +62,8 @@ class TimmBackbone(Backbone):
         return (images / 2 + (0.5 - self.mean).to(images.dtype)) / self.std.to(images.dtype)
 
     def blocks(self) -> dict[str, torch.nn.Module]:
-        return {"network": self.network}
+        stages = self.network.named_children()
+        return {f"network.{name}": stage for name, stage in stages if any(True for _ in stage.parameters())}
 
 
 def _make(timm: Any, name: str, weights: Path | None) -> Any:
@@ -70,14 +71,16 @@ def _make(timm: Any, name: str, weights: Path | None) -> Any:
     if not timm.is_model(name.split(".")[0]):
         near = timm.list_models(f"*{name.split('.')[0][:6]}*")[:3]
         raise LowVRAMError(
-            f"backbone={name} is neither efficientnet_lite0, efficientnet_lite1 nor a model of timm.",
+            f"projection.backbone={name} is neither efficientnet_lite0, efficientnet_lite1 nor a model of timm.",
             f"Did you mean {', '.join(near)}?" if near else "Use efficientnet_lite1.",
         )
     overlay = None
     if weights is not None:
         path = weights.expanduser()
         if not path.is_file():
-            raise LowVRAMError(f"loss.backbone_weights={weights} is no file.", "Give the file that timm downloads.")
+            raise LowVRAMError(
+                f"projection.backbone_weights={weights} is no file.", "Give the file that timm downloads."
+            )
         overlay = {"file": str(path)}
     try:
         if weights is not None and path.suffix != ".safetensors":
@@ -87,6 +90,6 @@ def _make(timm: Any, name: str, weights: Path | None) -> Any:
     except Exception as error:  # a hub that is not there, a file of another network: each library has its own
         reason = str(error).splitlines()[0][:200] if str(error) else repr(error)
         raise LowVRAMError(
-            f"the weights of backbone={name} can't be had: {reason}",
-            "Give the file that timm would download, loss.backbone_weights=FILE, or use efficientnet_lite1.",
+            f"the weights of projection.backbone={name} can't be had: {reason}",
+            "Give the file that timm would download, projection.backbone_weights=FILE, or use efficientnet_lite1.",
         ) from error

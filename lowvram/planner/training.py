@@ -138,7 +138,6 @@ def apply_to(task: Task, chosen: Chosen, device: torch.device, **processes: Any)
         precision = "fp32" if task.own_precision else choose_precision(settings.precision, device)
         names = [phase.name for phase in task.phases]
         policy = MemoryPolicy.from_settings(settings, phases=names, precision=precision)
-    fp16 = device.type == "cuda" if settings.precision == "auto" else settings.precision == "fp16"
     return Applied(
         policy,
         task.phases,
@@ -146,7 +145,7 @@ def apply_to(task: Task, chosen: Chosen, device: torch.device, **processes: Any)
         averages=task.averages,
         seed=settings.seed,
         own_precision=task.own_precision,
-        zero_nonfinite=task.own_precision and fp16,
+        zero_nonfinite=task.own_precision and getattr(task, "half_dtype", None) == torch.float16,
         **processes,
     )
 

@@ -141,7 +141,7 @@ def interpolate(
     def frames() -> Iterator[Tensor]:
         for frame in range(keyframes * frames_per_keyframe):
             with torch.inference_mode():
-                ws = closed_curve(keys, frame / frames_per_keyframe)  # [N, num_ws, w_dim]
+                ws = closed_curve(keys, frame / frames_per_keyframe)  # [N, ...]
                 cells = []
                 for at in range(0, walks, micro_batch or DEFAULT_SLICE):
                     part = slice(at, at + (micro_batch or DEFAULT_SLICE))

@@ -41,6 +41,12 @@ class ProjectionSettings:
     group: int
 
     def __post_init__(self) -> None:
+        if self.backbone_weights is not None and self.backbone.startswith("efficientnet_lite"):
+            raise LowVRAMError(
+                f"projection.backbone_weights={self.backbone_weights} is for backbones of timm, and "
+                f"{self.backbone} has weights of its own.",
+                "Leave it out, or name the network: projection.backbone=resnet18.",
+            )
         at_least("projection.channels", self.channels, 8)
         at_least("projection.head_channels", self.head_channels, 8)
         at_least("projection.group", self.group, 0)
@@ -113,6 +119,13 @@ class ProjectedGanSettings(GanSettings):
                 f"batch={self.batch} must be a multiple of projection.group={group}.",
                 f"Use batch={near_multiple(self.batch, group)}, or projection.group={divisor(self.batch, group)}.",
             )
+        alone = ("model.w_dim", "model.mapping_layers", "model.conv_clamp", "loss.range_weight", "ema.w_avg_beta")
+        unused = [name for name in alone if name in self.overrides]
+        if unused and self.model.generator == "fastgan":
+            raise LowVRAMError(
+                f"{unused[0]} is for StyleGAN2's generator, and model.generator=fastgan has no use for it.",
+                f"Leave {unused[0]} out, or use model.generator=stylegan2.",
+            )
         super().__post_init__()
 
     def phase_group(self, phase: str) -> int:
@@ -130,7 +143,7 @@ class ProjectedGanSettings(GanSettings):
 
     @property
     def feature_size(self) -> int:
-        """Pixels a side that images are resized to for the backbone: as set, or 3 times their own up to 96, 224."""
+        """Pixels a side that images are resized to for the backbone: as set, or 96 for images below 128, else 224."""
         if self.projection.size is not None:
             return self.projection.size
         return 224 if self.resolution >= 128 else 96

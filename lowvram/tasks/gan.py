@@ -114,7 +114,9 @@ class GanTask(Task):
         self._real_sign_steps += 1
 
     def end_step(self, step: int) -> None:
-        """Move the augmentation's p by how far the discriminator overfits (ADA, arXiv 2006.06676, section 3, r_t)."""
+        """Look for signs of trouble; move the augmentation's p by how far the discriminator overfits (ADA, arXiv
+        2006.06676, section 3, r_t)."""
+        self.signs.look()
         augment = self.settings.augment
         if self.augment is None or augment.mode != "ada" or step % augment.interval or not self._real_sign_steps:
             return
@@ -168,6 +170,11 @@ class GanTask(Task):
         return max(1, (self.settings.micro_batch.G or self.settings.batch) // 2)
 
     # Construction.
+
+    @property
+    def half_dtype(self) -> torch.dtype | None:
+        """The 16-bit type that the networks use; None: they are fp32."""
+        return self._half_dtype()
 
     def _half_dtype(self) -> torch.dtype | None:
         """The 16-bit type of the highest resolutions, as the recipe and the device have it; None: all is fp32."""

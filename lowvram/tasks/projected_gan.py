@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lowvram.ema import ExponentialMovingAverage
+from lowvram.errors import LowVRAMError
 from lowvram.models import backbones, fastgan, stylegan2
 from lowvram.models.projected import ProjectedDiscriminator, Projection
 from lowvram.objectives import hinge
@@ -20,12 +21,13 @@ from lowvram.objectives.adversarial import range_penalty
 from lowvram.phase import MicroBatch, Phase
 from lowvram.settings.projected_gan import ProjectedGanSettings
 from lowvram.tasks.gan import GanTask
+from lowvram.tasks.trouble import small_pixels
 
 
 class ProjectedGanTask(GanTask):
     """Networks `G`, `D` (the heads), `G_ema`, `projection` and, with augmentation, `augment`.
 
-    The backbone is in no checkpoint: it comes from its package.
+    The backbone is in no checkpoint: it comes from its package, or from where timm has it.
     """
 
     settings: ProjectedGanSettings
@@ -43,8 +45,9 @@ class ProjectedGanTask(GanTask):
         """classes: that the networks know; None: those of the data set."""
         super().__init__(settings, device, folder, classes=classes)
         self.group = max(1, settings.projection.group)
+        self.sample_options = ("noise_mode", "classes")
         if settings.model.generator == "stylegan2":
-            self.sample_options = ("truncation_psi", "noise_mode", "classes")
+            self.sample_options = ("truncation_psi", *self.sample_options)
 
     def prepare_training(self) -> None:
         settings = self.settings
@@ -91,6 +94,8 @@ class ProjectedGanTask(GanTask):
             micro.report(w=ws[:, 0])
         logits = self.D(self.projection(self._augmented(images, micro)), c)
         loss = _over_scales(hinge.generator_loss(scale) for scale in logits)
+        if isinstance(self.G, fastgan.Generator):  # whose images stay in range
+            return loss
         return loss + range_penalty(images).mean() * self.settings.loss.range_weight
 
     def _d_loss(self, micro: MicroBatch) -> Iterator[Tensor]:
@@ -98,16 +103,23 @@ class ProjectedGanTask(GanTask):
         with torch.no_grad():
             images, c, _ = self._fakes(micro)
             fake_maps = self.projection(self._augmented(images, micro, "fake"))
+            features = self._features(images, fake_maps)
             del images
         fake_logits = self.D(fake_maps, c)
         yield _over_scales(hinge.discriminator_fake_loss(scale) for scale in fake_logits)
-        features, judged = fake_maps[-1].mean((2, 3)), _joined(fake_logits)
+        judged = _joined(fake_logits)
         del fake_maps, fake_logits
         with torch.no_grad():
-            real_maps = self.projection(self._augmented(self._reals(micro), micro, "real"))
+            reals = self._reals(micro)
+            real_maps = self.projection(self._augmented(reals, micro, "real"))
         real_logits = self.D(real_maps, self._onehot(micro.labels))
-        self._report_d(micro, (_joined(real_logits), judged), (real_maps[-1].mean((2, 3)), features))
+        self._report_d(micro, (_joined(real_logits), judged), (self._features(reals, real_maps), features))
         yield _over_scales(hinge.discriminator_real_loss(scale) for scale in real_logits)
+
+    def _features(self, images: Tensor, maps: list[Tensor]) -> Tensor:
+        """What signs of trouble are read from, [b, D]: the deepest map; or, as augmented images differ also where those
+        behind them are all the same, small pixels."""
+        return maps[-1].mean((2, 3)) if self.augment is None else small_pixels(images)
 
     def _fakes(self, micro: MicroBatch) -> tuple[Tensor, Tensor | None, Tensor]:
         """Images [b, C, H, W], labels [b, c_dim] or None, and what the mapping gave, for the seeds of a micro-batch."""
@@ -123,15 +135,19 @@ class ProjectedGanTask(GanTask):
 
     def _end_of_d(self, means: dict[str, Tensor]) -> None:
         self._track_d(means)
-        self.D.renew_norms()
+        self.D.keep_vectors()
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {**super().tensors(), "backbone": self._fingerprint}
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        if not torch.allclose(tensors["backbone"], self._fingerprint, rtol=1e-3):
+            raise LowVRAMError(
+                f"projection.backbone={self.settings.projection.backbone} is not what the run was begun with, and its "
+                "heads have learned that one's features.",
+                "Leave projection.backbone and projection.backbone_weights as they were, or begin a new run.",
+            )
         super().load_tensors(tensors)
-        self.D.renew_norms()  # as at the end of every step
-
-    def resident(self) -> list[Tensor]:
-        backbone = self.projection.backbone
-        return [*super().resident(), *backbone.parameters(), *backbone.buffers()]
 
     # Construction.
 
@@ -158,7 +174,10 @@ class ProjectedGanTask(GanTask):
     def _projection(self) -> Projection:
         chosen = self.settings.projection
         weights = None if chosen.backbone_weights is None else Path(chosen.backbone_weights)
-        backbone = backbones.make(chosen.backbone, weights).to(self.device)
+        backbone = backbones.make(chosen.backbone, weights)
+        sums = [p.double().abs().sum() for p in backbone.parameters()]
+        self._fingerprint = torch.stack([torch.stack(sums).sum(), sums[0]])  # tells one backbone from another
+        backbone.to(self.device)
         projection = Projection(
             backbone, channels=chosen.channels, size=self.settings.feature_size, half_dtype=self._half_dtype()
         )

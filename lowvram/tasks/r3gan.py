@@ -191,14 +191,14 @@ class R3GANTask(GanTask):
         }
 
     def _half_dtype(self) -> torch.dtype | None:
-        """auto is bf16, as in the paper: nothing bounds the activations, which fp16 might not hold; fp16 where a card
-        has no bf16."""
+        """auto is bf16, as in the paper, or fp32 where a card has no bf16: nothing bounds the activations or scales the
+        gradients, and fp16 might not hold them. A plan does not know its card here, and is made for bf16."""
         half = super()._half_dtype()
         if half is None or self.settings.precision != "auto":
             return half
         here = self.device.type == "cuda" and not standin.active()
         lacking = here and not torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.float16 if lacking else torch.bfloat16
+        return None if lacking else torch.bfloat16
 
     def _adam(self, network: nn.Module) -> torch.optim.Optimizer:
         """Adam; the schedule sets its step size and beta2."""

@@ -18,9 +18,26 @@ def evaluate(*words: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_no_evaluation_takes_the_place_of_another() -> None:
-    choices: tuple[dict, ...] = ({}, {"metrics": "swd"}, {"guidance": 3.0}, {"backbone": "random_conv"})
+    choices: tuple[dict, ...] = (
+        {},
+        {"metrics": "swd"},
+        {"guidance": 3.0},
+        {"backbone": "random_conv"},
+        {"backbone": "efficientnet_lite0,random_conv"},
+        {"floor": False},
+        {"inception": "weights.pth"},
+        {"inception": "other.pth"},
+    )
     names = [_more(EvaluateOptions(run="x", **asked)) for asked in choices]
-    assert names[0] == "" and len(set(names)) == 4
+    assert names[0] == "" and len(set(names)) == len(choices)
+
+
+def test_the_order_of_names_makes_no_other_evaluation() -> None:
+    def name(**asked: str) -> str:
+        return _more(EvaluateOptions(run="x", **asked))
+
+    assert name(backbone="random_conv, efficientnet_lite0") == name(backbone="efficientnet_lite0,random_conv")
+    assert name(metrics="fid,swd,precision_recall,frechet") == name() == name(backbone="efficientnet_lite0,")
 
 
 def test_a_run_is_evaluated_and_the_numbers_are_kept(
