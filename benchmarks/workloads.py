@@ -20,7 +20,6 @@ from lowvram.phase import MicroBatch, Phase
 from lowvram.planner.recipe import seeds
 from lowvram.planner.subject import to_fake_host
 from lowvram.seeded import randn
-from lowvram.settings import Settings
 from lowvram.tasks import build_task, codec
 from lowvram.tasks.diffusion import DiffusionTask
 
@@ -98,7 +97,7 @@ def recipe(name: str, overrides: list[str], device: torch.device) -> Workload:
         device=device,
         averages=task.averages,
         own_precision=task.own_precision,
-        zero_nonfinite=task.own_precision and _computes_fp16(settings, device),
+        zero_nonfinite=task.own_precision and task.half_dtype == torch.float16,
     )
 
     def sample(n: int) -> None:
@@ -164,9 +163,3 @@ def sd15(
         seeds=seeds(batch),
         networks={"UNet": network},
     )
-
-
-def _computes_fp16(settings: Settings, device: torch.device) -> bool:
-    if settings.precision == "auto":
-        return standin.is_gpu(device)
-    return settings.precision == "fp16"

@@ -4,7 +4,6 @@ PROJECTED = (
     "resolution=16",
     "batch=8",
     "model.z_dim=16",
-    "model.w_dim=16",
     "model.channel_base=256",
     "model.channel_max=16",
     "projection.backbone=efficientnet_lite0",
@@ -25,6 +24,6 @@ PROJECTED = (
 # A large eps: without it Adam's first steps are the signs of gradients, and rounding decides those near zero. And small
 # steps, so that rounding seldom decides on which side of a hinge or a bend (ReLU6) a number falls.
 CALM = {
-    "stylegan2": ("model.generator=stylegan2", "optimizer.eps=0.01", "optimizer.lr=0.002"),
+    "stylegan2": ("model.generator=stylegan2", "model.w_dim=16", "optimizer.eps=0.01", "optimizer.lr=0.002"),
     "fastgan": ("model.generator=fastgan", "optimizer.eps=0.01", "optimizer.lr=0.00005"),
 }

@@ -62,8 +62,7 @@ class TimmBackbone(Backbone):
         return (images / 2 + (0.5 - self.mean).to(images.dtype)) / self.std.to(images.dtype)
 
     def blocks(self) -> dict[str, torch.nn.Module]:
-        stages = self.network.named_children()
-        return {f"network.{name}": stage for name, stage in stages if any(True for _ in stage.parameters())}
+        return {f"network.{name}": stage for name, stage in self.network.named_children() if any(stage.children())}
 
 
 def _make(timm: Any, name: str, weights: Path | None) -> Any:

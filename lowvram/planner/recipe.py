@@ -54,7 +54,7 @@ def subject_of(settings: Settings) -> Callable[[], Subject]:
             sample=sample,
             sampling_slice=lambda micro: max(1, micro // 2),
             own_precision=task.own_precision,
-            zero_nonfinite=task.own_precision and getattr(task, "half_dtype", None) == torch.float16,
+            zero_nonfinite=task.own_precision and task.half_dtype == torch.float16,
         )
 
     return build

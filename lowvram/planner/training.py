@@ -145,7 +145,7 @@ def apply_to(task: Task, chosen: Chosen, device: torch.device, **processes: Any)
         averages=task.averages,
         seed=settings.seed,
         own_precision=task.own_precision,
-        zero_nonfinite=task.own_precision and getattr(task, "half_dtype", None) == torch.float16,
+        zero_nonfinite=task.own_precision and task.half_dtype == torch.float16,
         **processes,
     )
 

@@ -60,6 +60,11 @@ class Task(ABC):
         self.folder = folder
         self.say: Callable[[str], None] = bars.say
 
+    @property
+    def half_dtype(self) -> torch.dtype | None:
+        """The 16-bit type of networks that choose their own precision; None: they are fp32, or don't choose."""
+        return None
+
     @classmethod
     def earlier(cls, settings: Settings, folder: Path | None) -> Settings | None:
         """The recipe that must be trained before this one can, if there is such and no run of it is done."""

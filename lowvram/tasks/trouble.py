@@ -4,7 +4,6 @@ All are taken from what a step computes anyway. Images are looked at by their fe
 the task has one, otherwise their own pixels, made small.
 """
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -142,7 +141,7 @@ class Signs:
             return {}
         still = self._still_from if self._still_from is not None else torch.zeros_like(self._moments["fake_mean"])
         said = [self._said.get(sign, -1) for sign in _SIGNS]
-        values = [self.values.get(name, math.nan) for name in _VALUES]
+        values = [self.values.get(name, -1.0) for name in _VALUES]
         weights = [self._weight, self._slow_weight, self._highest]
         numbers = [*weights, self._seen, self._still_from is not None, self._still_seen, *said, *values]
         return {
@@ -164,7 +163,7 @@ class Signs:
         self._seen, self._still_seen = int(seen), int(still_seen)
         self._still_from = tensors["signs.still"].to(self._device) if is_still else None
         self._said = {sign: int(at) for sign, at in zip(_SIGNS, numbers[6:9], strict=True) if at >= 0}
-        self.values = {n: value for n, value in zip(_VALUES, numbers[9:], strict=True) if not math.isnan(value)}
+        self.values = {n: value for n, value in zip(_VALUES, numbers[9:], strict=True) if value >= 0}
 
 
 def _kept(images: int, half_life_kimg: float) -> float:

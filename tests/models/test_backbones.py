@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lowvram.errors import LowVRAMError
 from lowvram.memory.blocks import find_blocks
+from lowvram.memory.checkpointing import recomputing
 from lowvram.models import backbones
 
 
@@ -56,7 +57,14 @@ def test_a_network_of_timm_by_name_with_weights_from_a_file(tmp_path: Path) -> N
     mean, std = (torch.tensor(whole.pretrained_cfg[name])[:, None, None] for name in ("mean", "std"))
     wanted = whole.forward_features((x / 2 + 0.5 - mean) / std)
     assert torch.allclose(backbone(x)[-1], wanted, atol=1e-4)
-    assert len(find_blocks(backbone)) == 1
+    assert list(find_blocks(backbone)) == [f"network.layer{i}" for i in range(1, 5)]
+    gradients = []
+    for blocks in ([], list(find_blocks(backbone).values())):
+        x.requires_grad_(True).grad = None
+        with recomputing(blocks):
+            sum(m.square().mean() for m in backbone(x)).backward()
+        gradients.append(x.grad)
+    assert torch.equal(*gradients)
 
 
 class _Evil:
