@@ -75,7 +75,7 @@ def test_points_are_all_combinations_in_hydras_order() -> None:
 def test_ranges_globs_lists_and_quotes_are_hydras() -> None:
     assert [words[0] for words in swept("recipe=faces32", "batch=range(4,13,4)")] == ["batch=4", "batch=8", "batch=12"]
     recipes = {words[0] for words in swept("recipe=glob(faces256*,exclude=*text)")}
-    assert recipes == {f"recipe=faces256{end}" for end in ("", "_vae", "_ldm", "_dit")}
+    assert recipes == {f"recipe=faces256{end}" for end in ("", "_vae", "_ldm", "_dit", "_fast", "_few", "_r3gan")}
     assert swept("recipe=faces256_ldm", "unet.channels=[32,64],[64]") == [
         ("recipe=faces256_ldm", "unet.channels=[32,64]"),
         ("recipe=faces256_ldm", "unet.channels=[64]"),
