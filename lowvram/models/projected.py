@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lowvram.errors import LowVRAMError
+from lowvram.kernels.derivatives import first_order_only
 from lowvram.models.backbones import Backbone
 
 _COARSEST = 4  # pixels a side of the maps that logits are taken from, about
@@ -89,7 +89,7 @@ class _ScaledGradient(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         return dy * ctx.scale, None
 

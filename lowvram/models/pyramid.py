@@ -1,6 +1,7 @@
 """What networks of images have at each resolution from 4x4 on: channels, and the width of their numbers."""
 
 import torch
+from torch import Tensor
 
 from lowvram.errors import LowVRAMError
 
@@ -39,3 +40,12 @@ def check_at_least(least: int, **values: int) -> None:
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise LowVRAMError(f"{name}={value!r} is not a whole number of {least} or more", f"Set {name} to one.")
+
+
+def check_images(images: Tensor, channels: int, resolution: int) -> None:
+    """Raise LowVRAMError unless images are [B, channels, resolution, resolution], as a discriminator is built for."""
+    if images.ndim != 4 or images.shape[1:] != (channels, resolution, resolution):
+        raise LowVRAMError(
+            f"images have shape {tuple(images.shape)}, not [B, {channels}, {resolution}, {resolution}]",
+            "Resize them, or build the discriminator for their size.",
+        )

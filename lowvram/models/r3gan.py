@@ -16,6 +16,7 @@ from lowvram.errors import LowVRAMError
 from lowvram.kernels.bias_act import LEAK, bias_act
 from lowvram.kernels.conv2d import conv2d
 from lowvram.kernels.upfirdn2d import make_filter, upfirdn2d
+from lowvram.models.pyramid import check_images
 from lowvram.models.stylegan2_layers import best_memory_format, running_weight, wide_product
 from lowvram.settings.r3gan import check_stages
 
@@ -253,12 +254,7 @@ class Discriminator(nn.Module):
 
     def forward(self, images: Tensor, c: Tensor | None = None) -> Tensor:
         """images: float [B, image_channels, R, R], about [-1, 1]; c as in Generator. Returns float32 logits [B, 1]."""
-        expected = (self.image_channels, self.resolution, self.resolution)
-        if images.ndim != 4 or images.shape[1:] != expected:
-            raise LowVRAMError(
-                f"images have shape {tuple(images.shape)}, not [B, {expected[0]}, {expected[1]}, {expected[2]}]",
-                "Resize them, or build the discriminator for their size.",
-            )
+        check_images(images, self.image_channels, self.resolution)
         _check_classes(c, self.c_dim)
         x = images.to(self.dtype)
         x = conv2d(x, running_weight(self.from_image, x))

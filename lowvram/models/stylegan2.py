@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lowvram.errors import LowVRAMError
 from lowvram.kernels.upfirdn2d import make_filter, upsample2d
-from lowvram.models.pyramid import channels_by_resolution, check_at_least, dtypes_by_resolution
+from lowvram.models.pyramid import channels_by_resolution, check_at_least, check_images, dtypes_by_resolution
 from lowvram.models.stylegan2_layers import (
     ConvLayer,
     FullyConnected,
@@ -354,12 +354,7 @@ class Discriminator(nn.Module):
 
     def forward(self, images: Tensor, c: Tensor | None = None) -> Tensor:
         """images: float [B, image_channels, R, R], about [-1, 1]; c as in Generator. Returns float32 logits [B, 1]."""
-        expected = (self.image_channels, self.resolution, self.resolution)
-        if images.ndim != 4 or images.shape[1:] != expected:
-            raise LowVRAMError(
-                f"images have shape {tuple(images.shape)}, not [B, {expected[0]}, {expected[1]}, {expected[2]}]",
-                "Resize them, or build the discriminator for their size.",
-            )
+        check_images(images, self.image_channels, self.resolution)
         if self.c_dim == 0 and c is not None and c.numel() > 0:
             raise LowVRAMError(
                 f"c has shape {tuple(c.shape)}, but this network has no classes (c_dim=0)",

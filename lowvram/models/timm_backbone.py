@@ -55,11 +55,9 @@ class TimmBackbone(Backbone):
     std: Tensor
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        maps: list[Tensor] = self.network(self.normalised(images))
+        x = (images / 2 + (0.5 - self.mean).to(images.dtype)) / self.std.to(images.dtype)
+        maps: list[Tensor] = self.network(x)
         return [maps[level] for level in self._levels]
-
-    def normalised(self, images: Tensor) -> Tensor:
-        return (images / 2 + (0.5 - self.mean).to(images.dtype)) / self.std.to(images.dtype)
 
     def blocks(self) -> dict[str, torch.nn.Module]:
         return {f"network.{name}": stage for name, stage in self.network.named_children() if any(stage.children())}

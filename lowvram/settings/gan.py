@@ -35,6 +35,56 @@ class AugmentSettings:
 
 
 @dataclass(kw_only=True)
+class GeneratorSettings:
+    """Shape of a generator whose channels follow from the resolution, StyleGAN2's or like it."""
+
+    z_dim: int
+    w_dim: int
+    mapping_layers: int
+    channel_base: int
+    channel_max: int
+    num_fp16_res: int
+    conv_clamp: float | None
+
+    def __post_init__(self) -> None:
+        for name in ("z_dim", "w_dim", "mapping_layers", "channel_base", "channel_max"):
+            at_least(f"model.{name}", getattr(self, name), 1)
+        at_least("model.num_fp16_res", self.num_fp16_res, 0)
+
+
+@dataclass(kw_only=True)
+class GanOptimizerSettings:
+    """Adam, for the generator and the discriminator."""
+
+    lr: float
+    lr_d: float | None
+    beta1: float
+    beta2: float
+    eps: float
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "eps") + (("lr_d",) if self.lr_d is not None else ()):
+            if getattr(self, name) <= 0:
+                raise LowVRAMError(f"optimizer.{name}={getattr(self, name)} must be above 0.", "A usual lr is 0.0025.")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise LowVRAMError(f"optimizer.{name}={getattr(self, name)} must lie in [0, 1).", "Use 0 and 0.99.")
+
+
+@dataclass(kw_only=True)
+class GanEmaSettings:
+    """The averaged generator that samples are drawn from."""
+
+    half_life_kimg: float
+    rampup: float | None
+    w_avg_beta: float
+
+    def __post_init__(self) -> None:
+        at_least("ema.half_life_kimg", self.half_life_kimg, 0)
+        fraction("ema.w_avg_beta", self.w_avg_beta)
+
+
+@dataclass(kw_only=True)
 class GanMicroBatchSettings:
     """Images of one process in memory at a time, for each phase; None is the whole batch."""
 

@@ -3,30 +3,27 @@
 from dataclasses import dataclass
 
 from lowvram.errors import LowVRAMError
-from lowvram.settings.checks import at_least, divisor, fraction, near_multiple, one_of
-from lowvram.settings.gan import GanMicroBatchSettings, GanSettings
+from lowvram.settings.checks import at_least, divisor, near_multiple, one_of
+from lowvram.settings.gan import (
+    GanEmaSettings,
+    GanMicroBatchSettings,
+    GanOptimizerSettings,
+    GanSettings,
+    GeneratorSettings,
+)
 
 GENERATORS = ("stylegan2", "fastgan")
 
 
 @dataclass(kw_only=True)
-class ProjectedModelSettings:
+class ProjectedModelSettings(GeneratorSettings):
     """Shape of the generator. w_dim, mapping_layers and conv_clamp are StyleGAN2's alone."""
 
     generator: str
-    z_dim: int
-    w_dim: int
-    mapping_layers: int
-    channel_base: int
-    channel_max: int
-    num_fp16_res: int
-    conv_clamp: float | None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         one_of("model.generator", self.generator, GENERATORS)
-        for name in ("z_dim", "w_dim", "mapping_layers", "channel_base", "channel_max"):
-            at_least(f"model.{name}", getattr(self, name), 1)
-        at_least("model.num_fp16_res", self.num_fp16_res, 0)
 
 
 @dataclass(kw_only=True)
@@ -69,46 +66,14 @@ class ProjectedLossSettings:
 
 
 @dataclass(kw_only=True)
-class ProjectedOptimizerSettings:
-    """Adam, for the generator and the heads."""
-
-    lr: float
-    lr_d: float | None
-    beta1: float
-    beta2: float
-    eps: float
-
-    def __post_init__(self) -> None:
-        for name in ("lr", "eps") + (("lr_d",) if self.lr_d is not None else ()):
-            if getattr(self, name) <= 0:
-                raise LowVRAMError(f"optimizer.{name}={getattr(self, name)} must be above 0.", "A usual lr is 0.002.")
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise LowVRAMError(f"optimizer.{name}={getattr(self, name)} must lie in [0, 1).", "Use 0 and 0.99.")
-
-
-@dataclass(kw_only=True)
-class ProjectedEmaSettings:
-    """The averaged generator that samples are drawn from."""
-
-    half_life_kimg: float
-    rampup: float | None
-    w_avg_beta: float
-
-    def __post_init__(self) -> None:
-        at_least("ema.half_life_kimg", self.half_life_kimg, 0)
-        fraction("ema.w_avg_beta", self.w_avg_beta)
-
-
-@dataclass(kw_only=True)
 class ProjectedGanSettings(GanSettings):
     """A recipe with `task: projected_gan`; conf/task/projected_gan.yaml explains each setting."""
 
     model: ProjectedModelSettings
     projection: ProjectionSettings
     loss: ProjectedLossSettings
-    optimizer: ProjectedOptimizerSettings
-    ema: ProjectedEmaSettings
+    optimizer: GanOptimizerSettings
+    ema: GanEmaSettings
     micro_batch: GanMicroBatchSettings
 
     def __post_init__(self) -> None:

@@ -5,29 +5,21 @@ from dataclasses import dataclass, replace
 
 from lowvram.errors import LowVRAMError
 from lowvram.settings.checks import at_least, divisor, fraction, near_multiple, one_of
-from lowvram.settings.gan import GanSettings
+from lowvram.settings.gan import GanEmaSettings, GanOptimizerSettings, GanSettings, GeneratorSettings
 
 PUBLISHED_MAPPING_LR = 0.01  # that published weights are stored for (arXiv 1812.04948, appendix C)
 R1_KINDS = ("exact", "finite_difference")
 
 
 @dataclass(kw_only=True)
-class ModelSettings:
+class ModelSettings(GeneratorSettings):
     """Shape of the StyleGAN2 networks."""
 
-    z_dim: int
-    w_dim: int
-    mapping_layers: int
-    channel_base: int
-    channel_max: int
-    num_fp16_res: int
-    conv_clamp: float | None
     mbstd_group_size: int
 
     def __post_init__(self) -> None:
-        for name in ("z_dim", "w_dim", "mapping_layers", "channel_base", "channel_max", "mbstd_group_size"):
-            at_least(f"model.{name}", getattr(self, name), 1)
-        at_least("model.num_fp16_res", self.num_fp16_res, 0)
+        super().__post_init__()
+        at_least("model.mbstd_group_size", self.mbstd_group_size, 1)
 
 
 @dataclass(kw_only=True)
@@ -61,46 +53,21 @@ class LossSettings:
 
 
 @dataclass(kw_only=True)
-class OptimizerSettings:
+class OptimizerSettings(GanOptimizerSettings):
     """Adam, for the generator and the discriminator.
 
     mapping_lr: of the mapping network, relative to the generator's other layers.
     """
 
-    lr: float
-    lr_d: float | None
-    beta1: float
-    beta2: float
-    eps: float
     mapping_lr: float = PUBLISHED_MAPPING_LR  # run folders from before there was a choice mean this
 
     def __post_init__(self) -> None:
-        for name in ("lr", "eps") + (("lr_d",) if self.lr_d is not None else ()):
-            if getattr(self, name) <= 0:
-                raise LowVRAMError(
-                    f"optimizer.{name}={getattr(self, name)} must be above 0.", "A usual value is 0.0025."
-                )
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise LowVRAMError(f"optimizer.{name}={getattr(self, name)} must lie in [0, 1).", "Use 0 and 0.99.")
+        super().__post_init__()
         if not 1e-6 <= self.mapping_lr <= 1:
             raise LowVRAMError(
                 f"optimizer.mapping_lr={self.mapping_lr} must lie in [0.000001, 1].",
                 "0.01 is usual; with less the mapping stays nearer to what it was, 0.0001 all but still.",
             )
-
-
-@dataclass(kw_only=True)
-class EmaSettings:
-    """The averaged generator that samples are drawn from."""
-
-    half_life_kimg: float
-    rampup: float | None
-    w_avg_beta: float
-
-    def __post_init__(self) -> None:
-        at_least("ema.half_life_kimg", self.half_life_kimg, 0)
-        fraction("ema.w_avg_beta", self.w_avg_beta)
 
 
 @dataclass(kw_only=True)
@@ -120,7 +87,7 @@ class StyleGAN2Settings(GanSettings):
     model: ModelSettings
     loss: LossSettings
     optimizer: OptimizerSettings
-    ema: EmaSettings
+    ema: GanEmaSettings
     micro_batch: MicroBatchSettings
     freeze_d: int = 0
 

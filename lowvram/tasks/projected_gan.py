@@ -141,7 +141,7 @@ class ProjectedGanTask(GanTask):
         return {**super().tensors(), "backbone": self._fingerprint}
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        if not torch.allclose(tensors["backbone"], self._fingerprint, rtol=1e-3):
+        if not torch.allclose(tensors["backbone"], self._fingerprint, rtol=1e-6):
             raise LowVRAMError(
                 f"projection.backbone={self.settings.projection.backbone} is not what the run was begun with, and its "
                 "heads have learned that one's features.",
