@@ -37,7 +37,7 @@ class Pieces:
         self._froze = not gc.get_freeze_count()
         if self._froze:
             gc.freeze()
-        self._bench = _Bench(build)
+        self._bench = _Bench(build, freezes=self._froze)
         self._proportional = proportional
         self._recorded: dict[Job, Recorded] = {}
         self._facts: dict[Structure, Facts] = {}
@@ -111,10 +111,10 @@ def large(job: Job, unit: int) -> Job:
 
 
 class _Bench:
-    """A tracer for the structure that was last asked for."""
+    """A tracer for the structure that was last asked for. freezes: garbage is not looked for in what it builds."""
 
-    def __init__(self, build: Callable[[], Subject]) -> None:
-        self._build = build
+    def __init__(self, build: Callable[[], Subject], *, freezes: bool) -> None:
+        self._build, self._freezes = build, freezes
         self._stack = ExitStack()
         self._structure: Structure | None = None
         self._tracer: Tracer | None = None
@@ -125,6 +125,8 @@ class _Bench:
             self.close()
             self._tracer = self._stack.enter_context(tracer(self._build, job.structure))
             self._structure = job.structure
+            if self._freezes:
+                gc.freeze()
         try:
             with self._tracer.active():
                 return self._tracer.facts() if job.what == "facts" else self._tracer.record(job)
@@ -133,8 +135,12 @@ class _Bench:
             raise
 
     def close(self) -> None:
-        self._stack.close()
         self._structure, self._tracer = None, None
+        self._stack.close()
+        if self._freezes:
+            gc.unfreeze()
+            gc.collect()
+            gc.freeze()
 
 
 _bench: _Bench | None = None  # of a process that records for another
@@ -143,7 +149,7 @@ _bench: _Bench | None = None  # of a process that records for another
 def _start(build: Callable[[], Subject]) -> None:
     global _bench
     torch.set_num_threads(1)
-    _bench = _Bench(build)
+    _bench = _Bench(build, freezes=True)
 
 
 def _do(job: Job) -> Any:

@@ -7,8 +7,9 @@ unusual about them, go the usual way.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache, lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +18,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_
 
 _CPU = torch.device("cpu")
 _META = torch.device("meta")
+_PLAIN_TYPES = frozenset(
+    [int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format]
+)
 _NEW = frozenset(
     [
         "empty_like",
@@ -64,7 +68,45 @@ def _eligible(func: Any) -> bool:
     return bool(torch._C._dispatch_has_computed_kernel_for_dispatch_key(func.name(), "Meta"))
 
 
-def run(mode: FakeTensorMode, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+class QuickFakes:
+    """Runs operations on the fake tensors of one mode.
+
+    What a call gave is kept by what it was given: sizes, strides, types and plain arguments. The next call like it only
+    makes tensors.
+    """
+
+    def __init__(self, mode: FakeTensorMode) -> None:
+        self._mode = mode
+        self._known: dict[Any, _Result] = {}
+
+    def __call__(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """The result of an operation; any on other tensors than plainly fake ones are left to the mode."""
+        sort = _sort(func)
+        key = None if sort is None else _key(func, args, kwargs)
+        if key is None:
+            return self._run(func, args, kwargs)
+        known = self._known.get(key)
+        if known is not None:
+            return known.again(self._mode, args, kwargs)
+        if isinstance(sort, _Written):
+            target = sort.of(args, kwargs)
+            before = (key, target.untyped_storage().nbytes())
+            out = self._run(func, args, kwargs)
+            if out is target and before == (_key(func, args, kwargs), target.untyped_storage().nbytes()):
+                self._known[key] = sort
+            return out
+        out = self._run(func, args, kwargs)
+        made = _Made.of(out, (*args, *kwargs.values()))
+        if made is not None:
+            self._known[key] = made
+        return out
+
+    def _run(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        out = _run(self._mode, func, args, kwargs)
+        return func(*args, **kwargs) if out is NotImplemented else out
+
+
+def _run(mode: FakeTensorMode, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """The result of an operation on fake tensors; NotImplemented: ask the mode."""
     pointwise = _pointwise(func)
     if pointwise is None and not _eligible(func):
@@ -92,6 +134,112 @@ def run(mode: FakeTensorMode, func: Any, args: Sequence[Any], kwargs: Mapping[st
     if isinstance(out, list | tuple):
         return type(out)(_wrapped(mode, item) if isinstance(item, Tensor) else item for item in out)
     return out
+
+
+# What a call gave, to be given again.
+
+
+class _Result(Protocol):
+    def again(self, mode: FakeTensorMode, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any: ...
+
+
+@dataclass(frozen=True)
+class _Written(_Result):
+    """The operation writes into one of its arguments, and returns that."""
+
+    place: int
+    name: str
+
+    def of(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        return args[self.place] if self.place < len(args) else kwargs.get(self.name)
+
+    def again(self, mode: FakeTensorMode, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        return self.of(args, kwargs)
+
+
+@dataclass(frozen=True)
+class _Made(_Result):
+    """New tensors. kind: Tensor, or what holds several. metas: shape, strides and dtype of each; None: none there."""
+
+    kind: type
+    metas: tuple[tuple[torch.Size, tuple[int, ...], torch.dtype] | None, ...]
+
+    @classmethod
+    def of(cls, out: Any, given: Sequence[Any]) -> "_Made | None":
+        """Of a result whose tensors are new, each with just the storage that it needs; None for any other."""
+        several = isinstance(out, list | tuple)
+        found = list(out) if several else [out]
+        operands = [item for value in given for item in (value if isinstance(value, list | tuple) else (value,))]
+        storages = {item.untyped_storage()._cdata for item in operands if isinstance(item, Tensor)}
+        metas: list[tuple[torch.Size, tuple[int, ...], torch.dtype] | None] = []
+        for one in found:
+            if one is None:
+                metas.append(None)
+                continue
+            if type(one) is not FakeTensor or one.constant is not None or one.fake_device != _CPU:
+                return None
+            storage = one.untyped_storage()
+            last = 1 + sum((size - 1) * stride for size, stride in zip(one.shape, one.stride(), strict=True))
+            needed_bytes = last * one.element_size() if one.numel() else 0
+            if storage._cdata in storages or one.storage_offset() or storage.nbytes() != needed_bytes:
+                return None
+            storages.add(storage._cdata)
+            metas.append((one.shape, one.stride(), one.dtype))
+        return cls(type(out) if several else Tensor, tuple(metas))
+
+    def again(self, mode: FakeTensorMode, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        with torch._C._DisableTorchDispatch():
+            made = [
+                None if meta is None else torch.empty_strided(meta[0], meta[1], dtype=meta[2], device=_META)
+                for meta in self.metas
+            ]
+        fakes = [None if one is None else FakeTensor(mode, one, _CPU) for one in made]
+        return fakes[0] if self.kind is Tensor else self.kind(fakes)
+
+
+@cache
+def _sort(func: Any) -> "_Written | type[_Made] | None":
+    """Whether an operation returns new tensors, or an argument that it writes into; None: something else."""
+    name = func._overloadpacket.__name__
+    unusual = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.inplace_view)
+    if func.namespace != "aten" or name in _NEVER or any(tag in func.tags for tag in unusual):
+        return None
+    if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+        return None
+    aliases = [(i, a) for i, a in enumerate(func._schema.arguments) if a.alias_info is not None]
+    returned = [r.alias_info is not None for r in func._schema.returns]
+    if not aliases and returned and not any(returned):
+        return _Made
+    if len(aliases) == 1 and returned == [True] and aliases[0][1].alias_info.is_write:
+        return _Written(aliases[0][0], aliases[0][1].name)
+    return None
+
+
+def _key(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """What decides of which form the result is; None: not plain."""
+    try:
+        plain = tuple([_described(value) for value in args])
+        named = tuple([(name, _described(value)) for name, value in kwargs.items()]) if kwargs else ()
+    except _NotPlain:
+        return None
+    return func, plain, named
+
+
+class _NotPlain(Exception):
+    pass
+
+
+def _described(value: Any) -> Any:
+    kind = type(value)
+    if kind is FakeTensor:
+        if value.constant is not None:
+            raise _NotPlain
+        return value.shape, value.stride(), value.dtype
+    if kind in _PLAIN_TYPES:
+        return kind, value
+    if kind is list or kind is tuple:
+        return kind, tuple([_described(item) for item in value])
+    raise _NotPlain
 
 
 def _operands(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[FakeTensor] | None:

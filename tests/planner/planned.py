@@ -20,7 +20,7 @@ from lowvram.memory.policy import MemoryPolicy
 from lowvram.memory.recovery import Snapshot
 from lowvram.memory.tracer import LiveBytes
 from lowvram.phase import MicroBatch, Phase
-from lowvram.planner import quick_fake
+from lowvram.planner.quick_fake import QuickFakes
 from lowvram.planner.recipe import seeds, subject_of
 from lowvram.planner.record import Piece
 from lowvram.planner.subject import Subject, fake_card, to_fake_host
@@ -158,13 +158,12 @@ class _Quick(TorchDispatchMode):
 
     def __init__(self, fakes: FakeTensorMode) -> None:
         super().__init__()
-        self._fakes = fakes
+        self._quick = QuickFakes(fakes)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.is_nonzero.default and isinstance(args[0], FakeTensor):
             return False
-        out = quick_fake.run(self._fakes, func, args, kwargs or {})
-        return func(*args, **(kwargs or {})) if out is NotImplemented else out
+        return self._quick(func, args, kwargs or {})
 
 
 def peaks(build: Builder, policy: MemoryPolicy, *, steps: int = 2) -> Mapping[str, int]:
