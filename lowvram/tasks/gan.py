@@ -138,6 +138,9 @@ class GanTask(Task):
         if self.augment is not None:
             self.augment.set_probability(min(max(float(self.augment.p), 0.0), 1.0))
 
+    def resident(self) -> list[Tensor]:
+        return [*super().resident(), *self.signs.resident()]
+
     def status(self) -> dict[str, float]:
         augmented = {} if self.augment is None else {"augment_p": self.augment.probability()}
         return {**augmented, **self.signs.values}

@@ -44,7 +44,7 @@ class Signs:
         self._batch, self._device, self.say, self.weaken, self.widen = batch, device, say, weaken, widen
         self._moments: dict[str, Tensor] = {}  # [D] each, moving means
         self._right = torch.zeros(2, device=device)  # shares of logits that are right, of real images and made ones
-        self._slow = torch.zeros([])  # [D] moving mean of the made images' features over a longer time
+        self._slow = torch.zeros([], device=device)  # [D] moving mean of the made images' features over a longer time
         self._weight = self._slow_weight = 0.0  # of all images so far in the moving means: towards 1
         self._seen = 0  # images
         self._highest = 0.0  # diversity
@@ -132,6 +132,10 @@ class Signs:
         if self._seen - self._said.get(sign, -(10**12)) >= AGAIN_KIMG * 1000:
             self._said[sign] = self._seen
             self.say(f"warning: {message}")
+
+    def resident(self) -> list[Tensor]:
+        """What is on the device between steps."""
+        return [self._right, self._slow, *self._moments.values()]
 
     # Checkpoints.
 

@@ -198,11 +198,12 @@ LONG: dict[str, tuple[Builder, MemoryPolicy]] = {
     "UNet streamed": (SMALL_UNET, unet(**STREAMED)),
 }
 BELOW, ABOVE = 0.0005, 0.005
+REPORTED_BYTES = 12 * 512  # of earlier micro-batches: losses, signs, and means of small images for the signs of trouble
 
 
 @pytest.mark.parametrize("name", [*POLICIES, *(pytest.param(name, marks=pytest.mark.slow) for name in LONG)])
 def test_a_composed_policy_is_what_the_machinery_needs(name: str) -> None:
-    """Phases to 0.05% and mostly to the byte: of earlier micro-batches a scalar or two that was reported is missing."""
+    """Phases to 0.05% and mostly to the byte: what earlier micro-batches reported is missing."""
     build, policy = {**POLICIES, **LONG}[name]
     with recorded(build) as pieces:
         estimator = Estimator(pieces, Structure.of(policy), cards.find("RTX 3060"))
@@ -212,11 +213,11 @@ def test_a_composed_policy_is_what_the_machinery_needs(name: str) -> None:
     narrow = any(own.kind.endswith("8bit") or own.weights == "stream" for own in policy.optimizers.values())
     direct = peaks(build, policy, steps=2 if narrow else 1)
     assert set(direct) <= set(parts)
-    assert max(parts.values()) >= max(direct.values()) * (1 - BELOW)
+    assert max(parts.values()) >= max(direct.values()) * (1 - BELOW) - REPORTED_BYTES
     assert max(parts.values()) <= max(direct.values()) * (1 + ABOVE)
     streams = any(own.weights == "stream" for own in policy.optimizers.values())
     for part, live_bytes in direct.items():
-        assert parts[part] >= live_bytes * (1 - BELOW), part
+        assert parts[part] >= live_bytes * (1 - BELOW) - REPORTED_BYTES, part
         # Between steps a stream's slots may be gone, and are counted all the same; that is no step's peak.
         if not (streams and part in ("average", "sampling")):
             assert parts[part] <= live_bytes * (1 + ABOVE), part
