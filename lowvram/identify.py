@@ -90,7 +90,9 @@ def _signature(found: Found) -> list[str]:
     credentials = found.credentials
     assert credentials is not None
     source = f", {KINDS.get(credentials.source, credentials.source)}" if credentials.source else ""
-    said = f"C2PA: by {credentials.tool or 'a program with no name'}{source}; signed by {credentials.issuer}"
+    done = ", ".join(name.removeprefix("c2pa.") for name in credentials.actions)
+    actions = f" ({done})" if done else ""
+    said = f"C2PA: by {credentials.tool or 'a program with no name'}{source}{actions}; signed by {credentials.issuer}"
     if credentials.faults:
         return [f"{said}; it does NOT hold: {', '.join(credentials.faults)}"]
     trust = "and the issuer is trusted" if credentials.trusted else "the issuer is checked against no trust list"

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,9 @@ def test_what_is_found_is_told_with_its_certainty() -> None:
     signed = Credentials(issuer="A painter", tool="lowvram 1", source=GENERATED, faults=(), trusted=False)
     (line,) = describe(Found(credentials=signed))
     assert "signed by A painter" in line and "hold, the issuer is checked against no trust list" in line
+    edited = replace(signed, source=COMPOSITE, actions=("c2pa.opened", "c2pa.edited"))
+    (line,) = describe(Found(credentials=edited))
+    assert line.startswith("C2PA: by lowvram 1, made by a trained model of another image (opened, edited); signed by A")
     broken = Credentials(issuer="A", tool="", source=None, faults=("assertion.dataHash.mismatch",), trusted=False)
     (line,) = describe(Found(credentials=broken))
     assert "does NOT hold: assertion.dataHash.mismatch" in line
