@@ -1,7 +1,9 @@
 """`python -m lowvram.identify`, and that what train and sample write can be identified."""
 
+import hashlib
 import json
 import shutil
+import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +12,7 @@ import pytest
 from commands import run as command
 from PIL import Image
 from tiny import TINY
+from tiny_pipelines import make_pipeline
 
 from lowvram import Trainer, load_recipe
 from lowvram.errors import LowVRAMError
@@ -34,7 +37,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_each_image_of_a_run_names_the_checkpoint_that_made_it(trained: Path, tmp_path: Path) -> None:
     checkpoint = Run.open(trained).find_checkpoint()
-    weights = digests.of_files([checkpoint / "G_ema.safetensors"])
+    weights = digests.of_files([("G_ema", checkpoint / "G_ema.safetensors")])
     assert digests.of_checkpoint(checkpoint, ["G_ema"]) == weights
     grids = {path.name: look_into(path).packet for path in trained.glob("fakes_*.png")}
     assert any(packet.get("checkpoint") == weights for packet in grids.values())
@@ -50,6 +53,28 @@ def test_each_image_of_a_run_names_the_checkpoint_that_made_it(trained: Path, tm
         assert (packet["checkpoint"], packet["seed"], packet["index"]) == (weights, "5", "1")
         assert packet["step"] == str(int(checkpoint.name.removeprefix("step-")))
         assert look_into(out / f"grid.{format}").packet["images"] == "2"
+
+
+@pytest.mark.parametrize("hub", [False, True])
+def test_of_a_folder_the_files_that_were_read_are_named_and_hashed(tmp_path: Path, hub: bool) -> None:
+    folder = make_pipeline(tmp_path / "tiny", "sd1")
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").rename(
+        folder / "unet" / "diffusion_pytorch_model.fp16.safetensors"
+    )
+    read = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.safetensors"))
+    done = subprocess.run(["sha256sum", *read], cwd=folder, capture_output=True, check=True)
+    expected = f"sha256:{hashlib.sha256(done.stdout).hexdigest()}"
+    (folder / "safety_checker").mkdir()
+    for beside in ("vae/diffusion_pytorch_model.fp16.safetensors", "unet/x.bin", "safety_checker/model.safetensors"):
+        (folder / beside).write_bytes(b"never read")
+    if hub:
+        (tmp_path / "models--tiny" / "snapshots").mkdir(parents=True)
+        folder.rename(tmp_path / "models--tiny" / "snapshots" / "abc")
+        folder = tmp_path / "models--tiny"
+    sample(SampleOptions(weights=str(folder), n=1, steps=1, device="cpu", out=str(tmp_path / "out")))
+    packet = look_into(tmp_path / "out" / "grid.png").packet
+    assert packet["checkpoint"] == expected
+    assert packet["weights"] == f"{folder.name} ({', '.join(read)})" and "unet/diffusion_pytorch_model.fp16" in read[1]
 
 
 def test_marks_are_off_by_one_setting(tiny: Callable[..., object], tmp_path: Path) -> None:
