@@ -284,8 +284,8 @@ class Trainer:
 
     def _write_page(self, *, running: bool) -> None:
         if self.rank == 0:
-            dataset, say = self.task.dataset(), self.progress.say
-            pages.while_training(self.run.folder, dataset, running=running, say=say, device=self.device)
+            dataset, begun, say = self.task.dataset(), self.account.session.begun, self.progress.say
+            pages.while_training(self.run.folder, dataset, begun=begun, running=running, say=say, device=self.device)
 
     def save_samples(self, checkpoint: Path | None = None) -> None:
         """Write fakes_KIMG.png, the same latents each time. checkpoint: the one that was written of these weights."""
