@@ -19,7 +19,7 @@ _HELP = """python -m lowvram.identify FILE... [json=true]
 Tell where images come from, as far as their files say or show it: PNG, JPEG, WebP and MP4 files, or folders of them.
 
   metadata     the IPTC digital source type and what goes with it, of any program that writes XMP
-  watermark    the invisible one of this library (needs the extra watermark)
+  watermark    the invisible one of this library, of films in some frames (needs the extra watermark)
   C2PA         signed content credentials of any program, and whether they hold (needs the extra c2pa)
 
 Each with how certain it is. Metadata is a claim that anybody can write or remove; a watermark is found by correlation,
@@ -60,7 +60,7 @@ def main(words: list[str]) -> int:
 def describe(found: Found) -> list[str]:
     """What was found, in lines, each with how certain it is."""
     from lowvram.marks.origin import KINDS
-    from lowvram.marks.watermark import MEASURED
+    from lowvram.marks.watermark import MEASURED, MEASURED_FILMS
 
     lines = []
     packet = found.packet
@@ -73,10 +73,10 @@ def describe(found: Found) -> list[str]:
     elif found.texts.get("Software", "").startswith("lowvram "):
         lines.append(f"metadata: {found.texts.get('Description', found.texts['Software'])}; a claim, not a proof")
     if found.watermark is not None and found.watermark.found:
-        score, (width, height) = found.watermark.score, found.watermark.size
-        lines.append(
-            f"watermark: that of lowvram, {score:.1f} of 8 standard deviations at {width}x{height}; {MEASURED}"
-        )
+        score, (width, height), frames = found.watermark.score, found.watermark.size, found.watermark.frames
+        where = f"{width}x{height}" + (f" in {frames} frames together" if frames > 1 else "")
+        measured = MEASURED_FILMS if frames > 1 else MEASURED
+        lines.append(f"watermark: that of lowvram, {score:.1f} of 8 standard deviations at {where}; {measured}")
     if found.credentials is not None:
         lines += _signature(found)
     if not found.anything:
@@ -90,7 +90,9 @@ def _signature(found: Found) -> list[str]:
     credentials = found.credentials
     assert credentials is not None
     source = f", {KINDS.get(credentials.source, credentials.source)}" if credentials.source else ""
-    said = f"C2PA: by {credentials.tool or 'a program with no name'}{source}; signed by {credentials.issuer}"
+    done = ", ".join(name.removeprefix("c2pa.") for name in credentials.actions)
+    actions = f" ({done})" if done else ""
+    said = f"C2PA: by {credentials.tool or 'a program with no name'}{source}{actions}; signed by {credentials.issuer}"
     if credentials.faults:
         return [f"{said}; it does NOT hold: {', '.join(credentials.faults)}"]
     trust = "and the issuer is trusted" if credentials.trusted else "the issuer is checked against no trust list"
@@ -104,7 +106,7 @@ def _as_dict(path: Path, found: Found) -> dict[str, Any]:
         "anything": found.anything,
         "metadata": found.packet,
         "texts": found.texts,
-        "watermark": None if mark is None else {"found": mark.found, "score": round(mark.score, 3), "size": mark.size},
+        "watermark": None if mark is None else {**asdict(mark), "found": mark.found, "score": round(mark.score, 3)},
         "c2pa": None if credentials is None else {**asdict(credentials), "holds": not credentials.faults},
         "notes": found.notes,
     }

@@ -200,9 +200,10 @@ def _mark(options: SampleOptions, task: Any, checkpoint: Path | None) -> Mark | 
         origin = origin_of_run(task.settings, task.sampling_networks, checkpoint)
     else:
         origin = origin_of_weights((options.weights or "").split("|"), options.base)
-    if options.init is not None:
+    init = None if options.init is None else Path(options.init).expanduser()
+    if init is not None:
         origin = replace(origin, source=COMPOSITE)
-    return make_mark(settings, replace(origin, seed=options.seed))
+    return make_mark(settings, replace(origin, seed=options.seed), init)
 
 
 def _without_lost_key(saved: MarkSettings, options: SampleOptions) -> MarkSettings:

@@ -79,7 +79,6 @@ class Trainer:
         self.step, self.images_seen = 0, 0
         self.seconds = 0.0  # of training, over all sessions of the run
         self._saved_receipt: Any = None
-        self._stands_on: Path | None = None
         self.interrupted = False
         self.meter = Meter(self.device, synchronize=synchronize)
         self.stop_request = StopRequest(self.progress.say)
@@ -138,7 +137,6 @@ class Trainer:
             first.fit()
         if first.interrupted:
             raise KeyboardInterrupt(f"the same command goes on with {first.run.folder}")
-        self._stands_on = first.run.folder
         del first
         free_memory(self.device)
 
@@ -168,7 +166,7 @@ class Trainer:
         if self.trackers is not None:
             self.trackers.finish()
         self.progress.say(f"{'stopped and saved' if self.interrupted else 'done'}: {self.run.folder}")
-        self.account.say_all(self._stands_on)
+        self.account.say_all()
 
     def _train(self, total_images: int) -> Iterator[StepResult]:
         self._greet()
@@ -286,8 +284,8 @@ class Trainer:
 
     def _write_page(self, *, running: bool) -> None:
         if self.rank == 0:
-            dataset, say = self.task.dataset(), self.progress.say
-            pages.while_training(self.run.folder, dataset, running=running, say=say, device=self.device)
+            dataset, begun, say = self.task.dataset(), self.account.session.begun, self.progress.say
+            pages.while_training(self.run.folder, dataset, begun=begun, running=running, say=say, device=self.device)
 
     def save_samples(self, checkpoint: Path | None = None) -> None:
         """Write fakes_KIMG.png, the same latents each time. checkpoint: the one that was written of these weights."""

@@ -29,6 +29,22 @@ def test_the_command_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert points["marked_photos_256"]["png"]["found"] == 1.0 and points["marked_photos_256"]["psnr_db"] > 30
 
 
+def test_films_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("imageio_ffmpeg")
+    monkeypatch.setattr(marks, "SIZES", (256,))
+    monkeypatch.setattr(marks, "_FRAMES", 4)
+    monkeypatch.setattr(watermark, "_SIZES", (256,))
+    Image.effect_noise((300, 280), 50).resize((600, 560)).save(tmp_path / "a.png")
+    out = str(tmp_path / "out")
+    marks.main(marks.Options(out=out, photos=str(tmp_path), parts="films", unmarked=1, marked=1))
+    points = {point["name"]: point["details"] for point in record.read(tmp_path / "out" / "marks.json")["points"]}
+    kinds = ("unmarked_films_faces", "unmarked_films_photos", "marked_films_faces_256", "marked_films_photos_256")
+    assert points.keys() == set(kinds)
+    assert points["unmarked_films_photos"]["found"] == 0 and points["unmarked_films_photos"]["random_patterns"] == 20000
+    assert points["marked_films_photos_256"]["webp"]["found"] == 1.0
+    assert {"mp4", "crf_23", "crf_23_half"} < points["marked_films_faces_256"].keys()
+
+
 def test_changes_are_changes() -> None:
     picture = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     shapes = {name: change(picture).shape[0] for name, change in marks.CHANGES.items()}
@@ -45,13 +61,19 @@ def test_wrong_options_are_named(tmp_path: Path) -> None:
 
 def test_what_identify_states_is_what_was_measured() -> None:
     points = {p["name"]: p["details"] for p in record.read(record.RESULTS / "marks.json")["points"]}
+    films = [points.pop(f"unmarked_films_{kind}") for kind in ("faces", "photos")]
     alone = [details for name, details in points.items() if name.startswith("unmarked_")]
     many = [details for name, details in points.items() if name.startswith("many_unmarked_")]
-    assert {details["threshold"] for details in (*alone, *many)} == {watermark.THRESHOLD}
-    assert sum(details["found"] for details in (*alone, *many)) == 0
+    assert {details["threshold"] for details in (*alone, *many, *films)} == {watermark.THRESHOLD}
+    assert sum(details["found"] for details in (*alone, *many, *films)) == 0
     pictures = sum(details["pictures"] for details in many)  # those in five sizes are the first of them
     sizes = sum(details["pictures"] for details in alone)
     chance = sum(details["random_found"] for details in alone)
     patterns = sum(details["random_patterns"] for details in alone)
     assert f"no false alarm in {pictures:,} pictures ({sizes} of them in five sizes)" in watermark.MEASURED
     assert f"{chance} in {patterns:,} by chance" in watermark.MEASURED
+    number = sum(details["pictures"] for details in films)
+    assert f"no false alarm in {number} films in four sizes" in watermark.MEASURED_FILMS
+    chance = sum(details["random_found"] for details in films)
+    patterns = sum(details["random_patterns"] for details in films)
+    assert f"{chance} in {patterns:,} by chance" in watermark.MEASURED_FILMS

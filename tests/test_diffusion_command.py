@@ -1,6 +1,8 @@
 """Latent diffusion by its commands, as a user types them: trained from nothing, then sampled in every way."""
 
+import html
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,9 @@ from tiny_diffusion import DIT_WORDS, TINY_LDM, write_vae_recipe
 
 from lowvram import evaluate
 from lowvram.errors import LowVRAMError
+from lowvram.marks import digests
+from lowvram.receipt.account import in_words
+from lowvram.receipt.ledger import Receipt
 from lowvram.sample import SampleOptions, main
 
 
@@ -25,6 +30,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert "faces64_ldm stands on tiny_vae, of which no run is done: that one first" in done.stdout
     assert "latents by the autoencoder in outputs/tiny_vae" in done.stdout
     assert done.stdout.count("lowvram: done: outputs/") == 2
+    assert "and before it tiny_vae (recipe tiny_vae, sha256:" in done.stdout
     assert sorted(path.name for path in (home / "outputs").iterdir()) == ["faces64_ldm", "tiny_vae"]
     return home
 
@@ -43,6 +49,22 @@ def test_training_leaves_what_sampling_needs(ldm: Path) -> None:
     assert {"autoencoder", "captions.txt", "checkpoints", "fakes_000000.png", "metrics.jsonl", "recipe.yaml"} <= there
     with Image.open(ldm / "fakes_000000.png") as image:
         assert image.size == (64, 64)
+
+
+def test_a_run_that_goes_on_elsewhere_still_names_its_autoencoder(ldm: Path, tmp_path: Path) -> None:
+    """Also a new run that goes on from there; what the autoencoder took was taken over with it."""
+    vae = ldm.parent / "tiny_vae"
+    (step,) = (vae / "checkpoints").iterdir()
+    name = f"tiny_vae (recipe tiny_vae, {digests.of_checkpoint(step, ['autoencoder_ema'])})"
+    alone = shutil.copytree(ldm, tmp_path / "alone")
+    on = (["kimg=0.048", "resume=auto", f"out={alone}"], ["kimg=0.064", f"resume={alone}", f"out={tmp_path / 'new'}"])
+    for words in on:
+        done = command("lowvram.train", "recipe=faces64_ldm", *TINY_LDM, *DIT_WORDS, *words, cwd=tmp_path)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert f"and before it {name}, not in that: {in_words(Receipt.read(vae))}" in done.stdout
+    for folder in ("alone", "new"):
+        page = html.unescape((tmp_path / folder / "report.html").read_text())
+        assert f"It stands on {name}, which is not in these sums" in page
 
 
 def test_prompts(home: Path, ldm: Path) -> None:

@@ -1,14 +1,18 @@
 """`python -m lowvram.identify`, and that what train and sample write can be identified."""
 
+import hashlib
 import json
 import shutil
+import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from commands import run as command
 from PIL import Image
 from tiny import TINY
+from tiny_pipelines import make_pipeline
 
 from lowvram import Trainer, load_recipe
 from lowvram.errors import LowVRAMError
@@ -33,7 +37,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_each_image_of_a_run_names_the_checkpoint_that_made_it(trained: Path, tmp_path: Path) -> None:
     checkpoint = Run.open(trained).find_checkpoint()
-    weights = digests.of_files([checkpoint / "G_ema.safetensors"])
+    weights = digests.of_files([("G_ema", checkpoint / "G_ema.safetensors")])
     assert digests.of_checkpoint(checkpoint, ["G_ema"]) == weights
     grids = {path.name: look_into(path).packet for path in trained.glob("fakes_*.png")}
     assert any(packet.get("checkpoint") == weights for packet in grids.values())
@@ -49,6 +53,28 @@ def test_each_image_of_a_run_names_the_checkpoint_that_made_it(trained: Path, tm
         assert (packet["checkpoint"], packet["seed"], packet["index"]) == (weights, "5", "1")
         assert packet["step"] == str(int(checkpoint.name.removeprefix("step-")))
         assert look_into(out / f"grid.{format}").packet["images"] == "2"
+
+
+@pytest.mark.parametrize("hub", [False, True])
+def test_of_a_folder_the_files_that_were_read_are_named_and_hashed(tmp_path: Path, hub: bool) -> None:
+    folder = make_pipeline(tmp_path / "tiny", "sd1")
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").rename(
+        folder / "unet" / "diffusion_pytorch_model.fp16.safetensors"
+    )
+    read = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.safetensors"))
+    done = subprocess.run(["sha256sum", *read], cwd=folder, capture_output=True, check=True)
+    expected = f"sha256:{hashlib.sha256(done.stdout).hexdigest()}"
+    (folder / "safety_checker").mkdir()
+    for beside in ("vae/diffusion_pytorch_model.fp16.safetensors", "unet/x.bin", "safety_checker/model.safetensors"):
+        (folder / beside).write_bytes(b"never read")
+    if hub:
+        (tmp_path / "models--tiny" / "snapshots").mkdir(parents=True)
+        folder.rename(tmp_path / "models--tiny" / "snapshots" / "abc")
+        folder = tmp_path / "models--tiny"
+    sample(SampleOptions(weights=str(folder), n=1, steps=1, device="cpu", out=str(tmp_path / "out")))
+    packet = look_into(tmp_path / "out" / "grid.png").packet
+    assert packet["checkpoint"] == expected
+    assert packet["weights"] == f"{folder.name} ({', '.join(read)})" and "unet/diffusion_pytorch_model.fp16" in read[1]
 
 
 def test_marks_are_off_by_one_setting(tiny: Callable[..., object], tmp_path: Path) -> None:
@@ -106,9 +132,14 @@ def test_what_is_found_is_told_with_its_certainty() -> None:
     assert describe(Found(watermark=Reading(score=2.0, size=(256, 256)))) == [NOTHING]
     (line,) = describe(Found(watermark=Reading(score=7.5, size=(512, 256))))
     assert "7.5 of 8 standard deviations at 512x256" in line and "no false alarm in" in line
+    (line,) = describe(Found(watermark=Reading(score=7.5, size=(512, 256), frames=4)))
+    assert "at 512x256 in 4 frames together; measured: no false alarm in 80 films" in line
     signed = Credentials(issuer="A painter", tool="lowvram 1", source=GENERATED, faults=(), trusted=False)
     (line,) = describe(Found(credentials=signed))
     assert "signed by A painter" in line and "hold, the issuer is checked against no trust list" in line
+    edited = replace(signed, source=COMPOSITE, actions=("c2pa.opened", "c2pa.edited"))
+    (line,) = describe(Found(credentials=edited))
+    assert line.startswith("C2PA: by lowvram 1, made by a trained model of another image (opened, edited); signed by A")
     broken = Credentials(issuer="A", tool="", source=None, faults=("assertion.dataHash.mismatch",), trusted=False)
     (line,) = describe(Found(credentials=broken))
     assert "does NOT hold: assertion.dataHash.mismatch" in line

@@ -12,6 +12,7 @@ from lowvram.marks.origin import Origin
 
 _FORMATS = {"png": "image/png", "jpg": "image/jpeg", "webp": "image/webp", "mp4": "video/mp4"}
 _EC = {256: "es256", 384: "es384", 521: "es512"}  # by the bits of the curve
+_PARENT = {"label": "parent", "relationship": "parentOf"}  # no title: what a user's file is called is their own affair
 _REMEDY = 'Install it with pip install "lowvram[c2pa]".'
 # Whatever else a validator may find, these tell of the bytes and of who signed them.
 _UNTRUSTED = "signingCredential.untrusted"
@@ -24,6 +25,7 @@ class Credentials:
     issuer: of the certificate, as it calls itself. faults: what does not hold, by C2PA's codes; empty: the signature is
     of that certificate, and the file has not changed since. trusted: the certificate is on a trust list that the
     library was given; without one it never is. source: the IPTC digital source type of the first action that has one.
+    actions: what was done, in order, by C2PA's names ("c2pa.opened").
     """
 
     issuer: str
@@ -31,38 +33,50 @@ class Credentials:
     source: str | None
     faults: tuple[str, ...]
     trusted: bool
+    actions: tuple[str, ...] = ()
 
 
-def check(certificate: Path, key: Path) -> None:
-    """Raise LowVRAMError unless images can be signed with the certificate and key: a small one is, for a trial."""
+def check(certificate: Path, key: Path, parent: Path | None = None) -> None:
+    """Raise LowVRAMError unless images can be signed with the certificate and key: a small one is, for a trial.
+
+    parent: the picture that they are made of, as of `sign`.
+    """
     from PIL import Image
 
     with TemporaryDirectory() as folder:
         plain, signed = Path(folder, "plain.png"), Path(folder, "signed.png")
         Image.new("RGB", (8, 8)).save(plain)
-        sign(plain, signed, format="png", origin=Origin(), certificate=certificate, key=key)
+        sign(plain, signed, format="png", origin=Origin(), certificate=certificate, key=key, parent=parent)
         found = read(signed)
     if found is None or found.faults:
         faults = "nothing is found" if found is None else ", ".join(found.faults)
         raise _refused(certificate, ValueError(f"what it signs does not hold ({faults})"))
 
 
-def sign(source: Path, to: Path, *, format: str, origin: Origin, certificate: Path, key: Path) -> None:
+def sign(
+    source: Path, to: Path, *, format: str, origin: Origin, certificate: Path, key: Path, parent: Path | None = None
+) -> None:
     """Write a signed copy of a file. format: png, jpg, webp or mp4. No server is asked for the time.
 
+    parent: the picture that the image was made of, which was then opened and edited where others are created: C2PA
+    wants one of created and opened to come first, and what was opened as an ingredient. The picture's own manifest,
+    where it has one, goes along with the image; its pixels and its name don't.
+
     Raises:
-        LowVRAMError: the library is missing, or the certificate and key are none that it signs with.
+        LowVRAMError: the library is missing, the certificate and key are none that it signs with, or the parent can't
+            be read.
     """
     c2pa = _library()
-    made = {
-        "action": "c2pa.created",
+    made: dict[str, Any] = {
+        "action": "c2pa.created" if parent is None else "c2pa.edited",
         "digitalSourceType": origin.source,
         "softwareAgent": {"name": "lowvram", "version": origin.version},
     }
-    manifest = {
+    opened = {"action": "c2pa.opened", "parameters": {"ingredientIds": [_PARENT["label"]]}}
+    manifest: dict[str, Any] = {
         "claim_generator_info": [{"name": "lowvram", "version": origin.version}],
         "assertions": [
-            {"label": "c2pa.actions", "data": {"actions": [made]}},
+            {"label": "c2pa.actions", "data": {"actions": [made] if parent is None else [opened, made]}},
             {"label": "lowvram.origin", "data": origin.values()},
         ],
     }
@@ -74,9 +88,26 @@ def sign(source: Path, to: Path, *, format: str, origin: Origin, certificate: Pa
                 source.open("rb") as plain,
                 to.open("w+b") as signed,
             ):
+                if parent is not None:
+                    _add_parent(builder, parent)
                 builder.sign(signer, _FORMATS[format], plain, signed)
         except c2pa.C2paError as error:
             raise _refused(certificate, error) from error
+
+
+def _add_parent(builder: Any, parent: Path) -> None:
+    from PIL import Image
+
+    try:
+        with Image.open(parent) as image:
+            kind = image.get_format_mimetype()
+        with parent.open("rb") as file:
+            builder.add_ingredient(_PARENT, kind, file)
+    except (OSError, _library().C2paError) as error:
+        raise LowVRAMError(
+            f"{parent} can't be named in a signature as what the image is made of: {str(error)[:300]}.",
+            "Save it anew as PNG, or leave certificate and key out.",
+        ) from error
 
 
 def read(path: Path) -> Credentials | None:
@@ -120,6 +151,7 @@ def _told(store: dict[str, Any]) -> Credentials:
         source=next((str(a["digitalSourceType"]) for a in actions if a.get("digitalSourceType")), None),
         faults=tuple(dict.fromkeys(code for code in codes if code != _UNTRUSTED)),
         trusted=store.get("validation_state") == "Trusted",
+        actions=tuple(str(action["action"]) for action in actions if action.get("action")),
     )
 
 

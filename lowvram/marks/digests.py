@@ -1,16 +1,15 @@
 """The hash that names the weights which made an image.
 
 Of one file it is the file's own, as `sha256sum` prints it. Of several it is that of sha256sum's list of them, sorted
-by name, as `(cd FOLDER; sha256sum A.safetensors B.safetensors | sha256sum)` prints it.
+by name, as `(cd FOLDER; sha256sum A.safetensors B.safetensors | sha256sum)` prints it; of a folder with a pipeline,
+the files that are read of it, by their names in it (`unet/diffusion_pytorch_model.safetensors`).
 """
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
-
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".ckpt", ".pkl")
 
 
 def of_checkpoint(folder: Path, networks: Iterable[str]) -> str:
@@ -30,19 +29,16 @@ def progress_of(folder: Path) -> tuple[int, int]:
     return int(numbers["step"]), int(numbers["images_seen"])
 
 
-def of_files(paths: Sequence[Path]) -> str:
-    """Of files of weights, or folders of them, read whole: about a second for each gigabyte.
+def of_files(files: Iterable[tuple[str, Path]]) -> str:
+    """Of files of weights, each with the name that it is listed by, read whole: about a second for each gigabyte.
 
     Raises:
         OSError: one can't be read.
     """
     hashes = []
-    for path in paths:
-        found = sorted(p for p in path.rglob("*") if p.suffix in _WEIGHTS and p.is_file()) if path.is_dir() else [path]
-        for file in found:
-            name = file.relative_to(path).as_posix() if path.is_dir() else file.name
-            with file.open("rb") as opened:
-                hashes.append((name, hashlib.file_digest(opened, "sha256").hexdigest()))
+    for name, path in files:
+        with path.open("rb") as opened:
+            hashes.append((name, hashlib.file_digest(opened, "sha256").hexdigest()))
     return _joined(hashes)
 
 

@@ -23,13 +23,15 @@ MP4_XMP = bytes.fromhex("BE7ACFCB97A942E89C71999491E3AFAC")
 class Mark:
     """What an image carries. Formats are png, jpg, webp and mp4.
 
-    origin: in the metadata, always. watermark: also in the pixels. certificate, key: also signed by these.
+    origin: in the metadata, always. watermark: also in the pixels. certificate, key: also signed by these. parent: the
+    picture that it is made of, which a signature names.
     """
 
     origin: Origin
     watermark: bool = False
     certificate: Path | None = None
     key: Path | None = None
+    parent: Path | None = None
 
     def of(self, **changes: Any) -> "Mark":
         """The mark of one image: its seed, its index."""
@@ -44,7 +46,7 @@ class Mark:
         if self.certificate is not None and self.key is not None:
             from lowvram.marks import credentials
 
-            credentials.check(self.certificate, self.key)
+            credentials.check(self.certificate, self.key, self.parent)
 
     def pixels(self, pixels: "NDArray[np.uint8]") -> "NDArray[np.uint8]":
         """The picture [H, W] or [H, W, 3], uint8, as it is to be written."""
@@ -91,7 +93,7 @@ class Mark:
         signed = path.with_name(f"{path.name}.{os.getpid()}.signed")
         try:
             sign_with = {"certificate": self.certificate, "key": self.key}
-            credentials.sign(path, signed, format=format, origin=self.origin, **sign_with)
+            credentials.sign(path, signed, format=format, origin=self.origin, parent=self.parent, **sign_with)
             signed.replace(path)
         finally:
             signed.unlink(missing_ok=True)
@@ -105,8 +107,8 @@ class Mark:
         return exif.tobytes()
 
 
-def make_mark(settings: "MarkSettings", origin: Origin) -> Mark | None:
-    """The mark that the settings ask for; None: none."""
+def make_mark(settings: "MarkSettings", origin: Origin, parent: Path | None = None) -> Mark | None:
+    """The mark that the settings ask for; None: none. parent: the picture that the images are made of."""
     if not settings.enabled:
         return None
     return Mark(
@@ -114,4 +116,5 @@ def make_mark(settings: "MarkSettings", origin: Origin) -> Mark | None:
         watermark=settings.watermark,
         certificate=None if settings.certificate is None else Path(settings.certificate).expanduser(),
         key=None if settings.key is None else Path(settings.key).expanduser(),
+        parent=parent,
     )

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowvram.errors import LowVRAMError
-from lowvram.marks import xmp
+from lowvram.marks import frames, xmp
 from lowvram.marks.credentials import Credentials
 from lowvram.marks.credentials import read as read_credentials
 from lowvram.marks.mark import MP4_XMP
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".mp4")
 _FORMATS = ("PNG", "JPEG", "WEBP")
-_MOST_PIXELS = 100_000_000  # that are decoded, in search of a watermark
 _MOST_WEBP_BYTES = 2**29  # Pillow reads these whole
 _TEXTS = ("Software", "Description")
 _MOST_BOXES = 1000  # of an MP4, at its top
@@ -65,10 +64,10 @@ def look_into(path: Path) -> Found:
             raise UnreadableError(f"a WebP of more than {_MOST_WEBP_BYTES >> 20} MiB")
         if head[4:8] == b"ftyp":
             packet = _packet_of_mp4(path)
-            found.notes.append("watermark: not looked for in a film")
+            _find_watermark(found, path)
         else:
-            packet, found.texts, pixels = _open(path, found.notes)
-            _find_watermark(found, pixels)
+            packet, found.texts, pictures = _open(path, found.notes)
+            _find_watermark(found, pictures)
     except OSError as error:
         raise UnreadableError(error.strerror or str(error)) from error
     if packet is not None:
@@ -85,25 +84,24 @@ def look_into(path: Path) -> Found:
     return found
 
 
-def _open(path: Path, notes: list[str]) -> tuple[bytes | None, dict[str, str], "NDArray[np.uint8] | None"]:
-    """(XMP, texts, pixels [H, W, 3] or None where they can't be decoded) of a PNG, JPEG or WebP file."""
-    import numpy as np
+def _open(path: Path, notes: list[str]) -> tuple[bytes | None, dict[str, str], "list[NDArray[np.uint8]]"]:
+    """(XMP, texts, frames [H, W, 3] or none where they can't be decoded) of a PNG, JPEG or WebP file."""
     from PIL import Image
 
-    pixels: NDArray[np.uint8] | None = None
+    pictures: list[NDArray[np.uint8]] = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of sizes: they are checked here
         try:
             with Image.open(path, formats=_FORMATS) as image:
-                if image.width * image.height > _MOST_PIXELS:
+                if image.width * image.height > frames.MOST_PIXELS:
                     notes.append(f"watermark: not looked for in {image.width}x{image.height} pixels")
                 else:
                     try:
-                        pixels = np.asarray(image.convert("RGB"))
+                        pictures = frames.of_image(image)
                     except Exception as error:
                         notes.append(f"pixels: broken ({_first_line(error)})")
                 # Now, for a PNG may have texts after its pixels.
-                return _packet_of(image), _texts_of(image), pixels
+                return _packet_of(image), _texts_of(image), pictures
         except OSError:
             raise
         except Exception as error:  # decoders fail in ways of their own: struct.error, SyntaxError, DecompressionBomb
@@ -131,16 +129,22 @@ def _texts_of(image: Any) -> dict[str, str]:
     return texts
 
 
-def _find_watermark(found: Found, pixels: "NDArray[np.uint8] | None") -> None:
-    if pixels is None:
-        return
+def _find_watermark(found: Found, pictures: "list[NDArray[np.uint8]] | Path") -> None:
+    """pictures: of a still image one, of an animated one some; or the file of a film."""
     try:
-        found.watermark = detect(pixels)
+        if isinstance(pictures, Path):
+            pictures = frames.of_mp4(pictures)
+        if not pictures:
+            return
+        found.watermark = detect(*pictures)
     except LowVRAMError:
         found.notes.append('watermark: not looked for; that needs pip install "lowvram[watermark]"')
         return
+    except ValueError as error:
+        found.notes.append(f"watermark: {error}")
+        return
     if found.watermark is None:
-        height, width = pixels.shape[:2]
+        height, width = pictures[0].shape[:2]
         found.notes.append(f"watermark: {width}x{height} pixels are too few to tell")
 
 

@@ -67,14 +67,36 @@ def origin_of_run(
 
 
 def origin_of_weights(weights: Sequence[str], base: str | None = None) -> Origin:
-    """What is sampled from files: their names, and the hash of all of them. They are read whole for it."""
-    paths = [Path(name.strip()).expanduser() for name in (*weights, *([base] if base else []))]
-    paths = [path for path in paths if path.exists()]  # "random" is none
+    """What is sampled from files: their names, and the hash of all of them. They are read whole for it.
+
+    Of a folder with a pipeline, those that are read of it are named and hashed, and not what else is there, such as
+    the same weights in another precision.
+
+    Raises:
+        LowVRAMError: they can't be read.
+    """
+    given = [*weights, *([base] if base else [])]
+    files: list[tuple[str, Path]] = []
+    names = []
+    for name in given:
+        path = Path(name.strip()).expanduser()
+        within = _read_of(path) if path.is_dir() else {}
+        files += within.items() or ([(path.name, path)] if path.exists() else [])  # "random" is none
+        names.append(names_of([name]) + (f" ({', '.join(within)})" if within else ""))
     try:
-        hashed = digests.of_files(paths) if paths else None
+        hashed = digests.of_files(files) if files else None
     except OSError as error:
         raise LowVRAMError(f"weights can't be read: {error}.", "Give files that can be read.") from error
-    return Origin(checkpoint=hashed, weights=names_of([*weights, *([base] if base else [])]))
+    return Origin(checkpoint=hashed, weights=" | ".join(names))
+
+
+def _read_of(folder: Path) -> dict[str, Path]:
+    """The files that a folder's pipeline is read from, by their names in it, or in its one snapshot."""
+    from lowvram.weights.pipeline import open_pipeline
+    from lowvram.weights.pipeline_folder import snapshot
+
+    files = sorted(open_pipeline(folder).files())
+    return {path.relative_to(snapshot(folder)).as_posix(): path for path in files}
 
 
 def names_of(paths: Sequence[str]) -> str:

@@ -21,7 +21,7 @@ class About:
     """Versions, the machine and the data of a session; "" and 0 for what is not known.
 
     commit: of the clone that lowvram was imported from, with "+changes" where files differ from it. device: that it
-    trained on. images: in the data set. begun, ended: UTC, ISO 8601; begun when its first page was written, and ended
+    trained on. images: in the data set. begun, ended: UTC, ISO 8601; begun as the receipt has it, and ended
     is "" as long as it trains, and for ever where it was killed. kimg: thousands of images seen when this was noted.
     """
 

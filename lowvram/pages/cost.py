@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from lowvram.pages.charts import Chart, Line, chart
 from lowvram.pages.folder import Content
 from lowvram.pages.words import count, images, number, span
+from lowvram.receipt.account import in_words
 from lowvram.receipt.ledger import Session, Totals
 from lowvram.receipt.rates import amount, co2, energy
 
@@ -115,6 +116,9 @@ def _notes(content: Content) -> Iterator[str]:
             f"{images(plan.kimg)}."
         )
         yield from plan.published
+    if content.stands_on is not None:
+        took = in_words(content.stands_on.receipt) if content.stands_on.receipt.sessions else "not known"
+        yield f"It stands on {content.stands_on.name()}, which is not in these sums; what that took: {took}."
     if not receipt.sessions:
         yield "There is no receipt: what the run took is not known further than this."
         return

@@ -17,6 +17,7 @@ from lowvram.errors import LowVRAMError
 from lowvram.pages import about, metrics, pictures
 from lowvram.receipt.ledger import NAME as RECEIPT
 from lowvram.receipt.ledger import Receipt
+from lowvram.receipt.stands_on import StandsOn
 
 if TYPE_CHECKING:
     from lowvram.planner.plan import Plan
@@ -66,6 +67,7 @@ class Content:
     metrics: metrics.Metrics
     plan: "Plan | None"
     receipt: Receipt
+    stands_on: StandsOn | None
     evaluations: tuple[Evaluated, ...]
     grids: list[tuple[int, Path]]
     about: list[about.About]
@@ -122,6 +124,7 @@ def read(folder: str | Path, *, quick: bool = False) -> Content:
         metrics=found,
         plan=_plan(folder, names, faults),
         receipt=_receipt(folder, names, faults),
+        stands_on=_stands_on(folder, faults),
         evaluations=tuple(_evaluations(folder / "metrics", batch if type(batch) is int else 0, faults)),
         grids=pictures.grids(folder, names),
         about=records,
@@ -255,6 +258,14 @@ def _receipt(folder: Path, names: list[str], faults: list[str]) -> Receipt:
     except LowVRAMError as error:
         faults.append(error.problem)
         return Receipt()
+
+
+def _stands_on(folder: Path, faults: list[str]) -> StandsOn | None:
+    try:
+        return StandsOn.read(folder)
+    except LowVRAMError as error:
+        faults.append(error.problem)
+        return None
 
 
 def _data_name(folder: Path, checkpoints: list[tuple[str, int]]) -> str:

@@ -62,31 +62,28 @@ class Data(Protocol):
 
 
 def while_training(
-    run: Path, data: Data, *, running: bool, say: Callable[[str], None], device: "torch.device | None" = None
+    run: Path,
+    data: Data,
+    *,
+    begun: str,
+    running: bool,
+    say: Callable[[str], None],
+    device: "torch.device | None" = None,
 ) -> None:
     """Renew a run's page, and its about.json, which says later whether the training ended.
 
-    No failure ends the training: `say` gets one line. running: False with the last call of a session.
+    No failure ends the training: `say` gets one line. begun: when the session did, UTC, ISO 8601, as its receipt has
+    it. running: False with the last call of a session.
     """
     try:
         content = folder.read(run, quick=True)
         record = about.here(data=data.name, images=len(data), device=device)
-        _note(run, replace(record, kimg=content.kimg), running)
+        ended = "" if running else datetime.now(UTC).isoformat()
+        about.note(run, replace(record, kimg=content.kimg, begun=begun, ended=ended))
         content = replace(content, about=about.read(run))
         _save(run / NAME, "run.html", run_page.view(content, running=running, seconds=_SECONDS))
     except Exception as error:  # a mistake in a page must not cost days of training
         say(f"the run's page could not be written: {' '.join(str(error).split()) or type(error).__name__}")
-
-
-_BEGUN: dict[Path, str] = {}  # when the session that trains there wrote its first page
-
-
-def _note(run: Path, record: about.About, running: bool) -> None:
-    now = datetime.now(UTC).isoformat()
-    begun = _BEGUN.setdefault(run.absolute(), now)
-    if not running:
-        del _BEGUN[run.absolute()]
-    about.note(run, replace(record, begun=begun, ended="" if running else now))
 
 
 def _save(path: Path, template: str, values: dict[str, Any]) -> Path:

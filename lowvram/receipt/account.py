@@ -17,6 +17,7 @@ from lowvram.errors import LowVRAMError
 from lowvram.receipt.energy import ESTIMATE, EnergyMeter
 from lowvram.receipt.ledger import NAME, Receipt, Session
 from lowvram.receipt.rates import Rates, amount, co2, energy, hours
+from lowvram.receipt.stands_on import StandsOn
 
 Sum = Callable[[Sequence[float]], Sequence[float]]  # of each number, over all processes
 
@@ -176,16 +177,19 @@ class Account:
         """For a progress line."""
         return short(self.receipt(), with_money=self._shows_money)
 
-    def say_all(self, stands_on: Path | None) -> None:
-        """Tell what the run took. stands_on: a run that was trained for this one, whose costs are its own."""
+    def say_all(self) -> None:
+        """Tell what the run took, and of a run that it stands on, whose costs are its own, what that took before it."""
         receipt = self.receipt()
         rates = {session.rates for session in receipt.sessions}
         self._say(f"took {in_words(receipt)}" + (f" ({self.session.rates})" if len(rates) == 1 else ""))
-        if stands_on is not None:
-            try:
-                self._say(f"and before it {stands_on}, not in that: {in_words(Receipt.read(stands_on))}")
-            except LowVRAMError as error:
-                self._say(error.problem)
+        try:
+            earlier = None if self._folder is None else StandsOn.read(self._folder)
+        except LowVRAMError as error:
+            self._say(error.problem)
+            return
+        if earlier is not None:
+            took = in_words(earlier.receipt) if earlier.receipt.sessions else "what it took is not known"
+            self._say(f"and before it {earlier.name()}, not in that: {took}")
 
     def values(self) -> dict[str, Any]:
         """For a line of metrics: sums over the run's sessions, and the power since the last line."""

@@ -4,9 +4,10 @@ A run keeps a copy in its own folder (autoencoder/config.json and weights, as a 
 that it can be moved and sampled from alone.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,13 +24,17 @@ from lowvram.data.latents import LatentSet, Variants
 from lowvram.data.masks import open_masks
 from lowvram.ema import on_device
 from lowvram.errors import LowVRAMError
+from lowvram.marks import digests
 from lowvram.models.autoencoder import Autoencoder, decode_safely, sample_latents
 from lowvram.models.tiling import encode_tiled
+from lowvram.receipt.ledger import Receipt
+from lowvram.receipt.stands_on import StandsOn, shown
 from lowvram.run import OUTPUTS, Run
 from lowvram.settings import AutoencoderSettings, DiffusionSettings, StableDiffusionSettings
 from lowvram.tasks import load_json, open_images, published
 from lowvram.tasks.autoencoder import TILE_PIXELS, AutoencoderTask, save, to_pixels, to_range
 
+Record = TypeVar("Record")
 LatentSettings = DiffusionSettings | StableDiffusionSettings
 
 BESIDE = "autoencoder"  # the folder of the copy within a run
@@ -44,10 +49,12 @@ class Codec:
     """An autoencoder on the host, brought to the device while it is used.
 
     scaled: whether its scale and shift are known; those of one trained here are measured on the first latents.
+    of_run: the run of lowvram that trained it, where that is known.
     """
 
     autoencoder: Autoencoder
     scaled: bool
+    of_run: StandsOn | None = None
 
     def encode(self, images: Tensor, device: torch.device) -> Tensor:
         """uint8 [n, 3, H, W] -> moments [n, 2 C, h, w] on the device; in halves where memory runs out."""
@@ -189,6 +196,8 @@ def load(path: Path, settings: LatentSettings) -> Codec:
         codec = _of_run(path)
     else:
         codec = _of_folder(path / "vae" if (path / "vae" / "config.json").is_file() else path)
+        if path.name == BESIDE:
+            codec.of_run = _known(lambda: StandsOn.read(path.parent))
     _check_shape(str(path), codec.autoencoder.latent_channels, codec.autoencoder.factor, settings)
     codec.autoencoder.eval().requires_grad_(False)
     return codec
@@ -214,7 +223,21 @@ def _of_run(folder: Path) -> Codec:
     path = run.find_checkpoint()
     saved = checkpoints.read(path, only=task.sampling_networks)
     task.average.load_state_dict(saved.tensors["autoencoder_ema"])
-    return Codec(autoencoder=task.average, scaled=False)
+    of_run = StandsOn(
+        run=shown(folder.absolute().name),
+        recipe=shown(run.settings.recipe),
+        checkpoint=digests.of_checkpoint(path, task.sampling_networks),
+        receipt=_known(lambda: Receipt.read(folder)) or Receipt(),
+    )
+    return Codec(autoencoder=task.average, scaled=False, of_run=of_run)
+
+
+def _known(read: Callable[[], Record]) -> Record | None:
+    """A record of what was; a spoilt one is no reason not to train or sample, and is told of where it is shown."""
+    try:
+        return read()
+    except LowVRAMError:
+        return None
 
 
 def _of_folder(folder: Path) -> Codec:
@@ -259,9 +282,11 @@ def _config_of(path: Path) -> Path | None:
 
 
 def write_beside(codec: Codec, folder: Path) -> None:
-    """Copy it into a run's folder, where there is none yet."""
+    """Copy it into a run's folder, where there is none yet, and what is known of the run that trained it."""
     if not (folder / BESIDE / "config.json").is_file():
         save(codec.autoencoder, folder / BESIDE)
+        if codec.of_run is not None:
+            codec.of_run.write(folder)
 
 
 # The latents of a data set.

@@ -17,7 +17,7 @@ from lowvram.errors import LowVRAMError
 from lowvram.weights import clip_vocabulary, pipeline_folder, pipeline_parts, pipeline_shapes
 from lowvram.weights.pipeline_keys import Piece
 from lowvram.weights.pipeline_parts import PARTS
-from lowvram.weights.tensor_file import TensorFile, finite
+from lowvram.weights.tensor_file import TensorFile, files_of, finite
 
 __all__ = ["PARTS", "Pipeline", "open_pipeline"]
 
@@ -146,6 +146,10 @@ class Pipeline(ABC):
         """The file that a part's tensors are in."""
 
     @abstractmethod
+    def files(self) -> list[Path]:
+        """Those that the tensors of its parts are read from, and no other that lies beside them: nothing is opened."""
+
+    @abstractmethod
     def close(self) -> None:
         """Let go of the files."""
 
@@ -225,6 +229,11 @@ class _Folder(Pipeline):
             self._files[part] = TensorFile.open(pipeline_folder.weights_file(self.root / part))
         return self._files[part]
 
+    def files(self) -> list[Path]:
+        """Those that the parts' tensors are read from."""
+        chosen = (pipeline_folder.weights_file(self.root / part) for part in self.parts)
+        return [file for path in chosen for file in files_of(path)]
+
     def tokenizer(self, part: str) -> Path:
         """The folder of the tokenizer; if it is missing, and the vocabulary is CLIP's, of the shipped one."""
         shipped = super().tokenizer
@@ -296,6 +305,10 @@ class _SingleFile(Pipeline):
     def file(self, part: str) -> TensorFile:
         """The file."""
         return self._file
+
+    def files(self) -> list[Path]:
+        """The file."""
+        return [self.path]
 
     def close(self) -> None:
         """Let go of the file."""

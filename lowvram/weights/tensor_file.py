@@ -25,7 +25,7 @@ from lowvram.errors import LowVRAMError
 from lowvram.weights import torch_file
 from lowvram.weights.torch_file import TensorInfo
 
-__all__ = ["NewTensor", "TensorFile", "TensorInfo", "finite", "write_tensors"]
+__all__ = ["NewTensor", "TensorFile", "TensorInfo", "files_of", "finite", "write_tensors"]
 
 AGAIN = "Download it again, or ask whoever made it."
 _SUPPORTED = "Give a .safetensors file (or its .safetensors.index.json), or a .ckpt, .pt or .bin that torch.save wrote."
@@ -144,6 +144,17 @@ class TensorFile:
         if not self._closed:
             self._closed = True
             self._close()
+
+
+def files_of(path: Path) -> list[Path]:
+    """The files whose tensors `TensorFile.open` gives: the file itself, or the shards that an index names.
+
+    Raises:
+        LowVRAMError: the index can't be read, or is damaged.
+    """
+    if not path.name.lower().endswith(".index.json"):
+        return [path]
+    return [path.parent / shard for shard in sorted(set(_places(path).values()))]
 
 
 def finite(path: str | Path, name: str, tensor: Tensor) -> Tensor:

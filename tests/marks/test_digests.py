@@ -14,24 +14,24 @@ def sha(data: bytes) -> str:
 
 
 def test_one_file_has_its_own_hash_and_several_that_of_their_list(tmp_path: Path) -> None:
-    (tmp_path / "b.safetensors").write_bytes(b"b")
-    (tmp_path / "a.safetensors").write_bytes(b"a")
-    assert digests.of_files([tmp_path / "b.safetensors"]) == "sha256:" + sha(b"b")
+    files = {name: tmp_path / name for name in ("b.safetensors", "a.safetensors")}
+    for name, path in files.items():
+        path.write_bytes(name[:1].encode())
+    assert digests.of_files([("b.safetensors", files["b.safetensors"])]) == "sha256:" + sha(b"b")
     listed = f"{sha(b'a')}  a.safetensors\n{sha(b'b')}  b.safetensors\n"
-    both = "sha256:" + sha(listed.encode())
-    assert digests.of_files([tmp_path / "b.safetensors", tmp_path / "a.safetensors"]) == both
-    (tmp_path / "readme.md").write_text("not weights")
-    assert digests.of_files([tmp_path]) == both
-    (tmp_path / "unet").mkdir()
-    (tmp_path / "unet" / "c.safetensors").write_bytes(b"c")
-    assert digests.of_files([tmp_path]) != both
+    assert digests.of_files(files.items()) == "sha256:" + sha(listed.encode())
+    listed = f"{sha(b'b')}  unet/b.safetensors\n{sha(b'a')}  vae/a.safetensors\n"
+    within = [("vae/a.safetensors", files["a.safetensors"]), ("unet/b.safetensors", files["b.safetensors"])]
+    assert digests.of_files(within) == "sha256:" + sha(listed.encode())
+    with pytest.raises(OSError):
+        digests.of_files([("none", tmp_path / "none")])
 
 
 def test_files_of_one_name_both_count(tmp_path: Path) -> None:
     for folder in ("one", "two"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "lora.safetensors").write_bytes(folder.encode())
-    one, two = (tmp_path / folder / "lora.safetensors" for folder in ("one", "two"))
+    one, two = (("lora.safetensors", tmp_path / folder / "lora.safetensors") for folder in ("one", "two"))
     hashes = {digests.of_files(files) for files in ([one], [two], [one, two])}
     assert len(hashes) == 3 and digests.of_files([two, one]) in hashes
 

@@ -107,7 +107,9 @@ def test_films_are_walked_box_by_box(tmp_path: Path) -> None:
         (head + box(b"free", b"") * 2000 + ours, None),
     ):
         (tmp_path / "a.mp4").write_bytes(content)
-        assert look_into(tmp_path / "a.mp4").packet.get("recipe") == recipe
+        found = look_into(tmp_path / "a.mp4")
+        assert found.packet.get("recipe") == recipe
+        assert found.watermark is None and any(note.startswith("watermark: n") for note in found.notes)
 
 
 def test_without_the_libraries_it_is_said_what_was_not_looked_for(

@@ -54,6 +54,18 @@ def test_blank_paper_takes_nothing_from_what_is_drawn_on_it() -> None:
     assert watermark.score(watermark.embed(picture)) > watermark.THRESHOLD
 
 
+def test_frames_are_looked_at_once_together() -> None:
+    """Much alike or not, they are no more likely to agree by chance; and marked ones say more than one of them does."""
+    unlike = [np.random.default_rng(seed).integers(0, 256, (256, 256, 3), dtype=np.uint8) for seed in range(4)]
+    for frames in (unlike, [scene()] * 4, [np.roll(scene(), 8 * shift, axis=1) for shift in range(4)]):
+        reading = watermark.detect(*frames)
+        assert reading is not None and reading.frames == 4 and not reading.found and reading.score < 4
+    marked = [saved(watermark.embed(scene(seed=seed)), "JPEG", 40) for seed in range(4)]
+    alone = [watermark.score(frame) for frame in marked]
+    assert watermark.score(*marked) > np.mean(alone) + 1
+    assert watermark.score(scene(), scene()) == pytest.approx(watermark.score(scene()))
+
+
 @pytest.mark.parametrize("value", [0, 128, 255])
 def test_a_flat_picture_is_not_taken_for_a_marked_one(value: int) -> None:
     assert abs(watermark.score(np.full((256, 264, 3), value, np.uint8))) < watermark.THRESHOLD

@@ -189,6 +189,9 @@ def test_about_notes_each_session_once(tmp_path: Path) -> None:
     assert about.read(tmp_path)[0].python == ".".join(map(str, sys.version_info[:3]))
 
 
+NOON, LATER = "2026-01-01T12:00:00+00:00", "2026-01-01T13:00:00+00:00"
+
+
 class Faces(list[int]):
     name = "faces"
 
@@ -196,7 +199,7 @@ class Faces(list[int]):
 def test_no_failure_ends_a_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = run_folder(tmp_path / "run", "kimg=20")
     said: list[str] = []
-    pages.while_training(folder, Faces([1, 2]), running=True, say=said.append)
+    pages.while_training(folder, Faces([1, 2]), begun=NOON, running=True, say=said.append)
     assert not said and "In training: 16 kimg of 20" in Page(folder / "report.html").text()
     before = (folder / "report.html").read_text()
 
@@ -204,13 +207,13 @@ def test_no_failure_ends_a_training(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_text", full)
-    pages.while_training(folder, Faces([1, 2, 3]), running=True, say=said.append)
+    pages.while_training(folder, Faces([1, 2, 3]), begun=NOON, running=True, say=said.append)
     monkeypatch.undo()
     assert said == ["the run's page could not be written: [Errno 28] No space left on device"]
     assert (folder / "report.html").read_text() == before
     assert not list(folder.glob(".report*"))
     monkeypatch.setattr(saving.run_page, "view", lambda *_, **__: 1 / 0)
-    pages.while_training(folder, Faces([1]), running=True, say=said.append)
+    pages.while_training(folder, Faces([1]), begun=NOON, running=True, say=said.append)
     assert said[1] == "the run's page could not be written: division by zero"
 
 
@@ -219,7 +222,7 @@ def test_no_failure_ends_a_training(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 ])  # fmt: skip
 def test_how_far_a_run_is(tmp_path: Path, kimg: int, running: bool, said: str) -> None:
     folder = run_folder(tmp_path / "run", f"kimg={kimg}")
-    pages.while_training(folder, Faces([1, 2]), running=running, say=print)
+    pages.while_training(folder, Faces([1, 2]), begun=NOON, running=running, say=print)
     text = Page(folder / "report.html").text()
     assert said in text
     assert "2 of the built-in drawn faces" in text
@@ -227,17 +230,17 @@ def test_how_far_a_run_is(tmp_path: Path, kimg: int, running: bool, said: str) -
 
 def test_a_later_page_says_what_the_training_said(tmp_path: Path) -> None:
     folder = run_folder(tmp_path / "run", "kimg=20")
-    pages.while_training(folder, Faces([1]), running=True, say=print)
+    pages.while_training(folder, Faces([1]), begun=NOON, running=True, say=print)
     text = page_of(folder).text()
     assert "In training" not in text and "At 16 kimg of 20 kimg; last line" in text  # killed, or not: who knows
-    pages.while_training(folder, Faces([1]), running=False, say=print)
+    pages.while_training(folder, Faces([1]), begun=NOON, running=False, say=print)
     assert "Stopped at 16 kimg of 20" in page_of(folder).text()
     (session_,) = about.read(folder)
-    assert session_.begun < session_.ended and session_.kimg == 16
+    assert session_.begun == NOON < session_.ended and session_.kimg == 16
     with (folder / "metrics.jsonl").open("a") as file:  # and it trains again
         file.write(json.dumps(metrics_line(1100)) + "\n")
     assert "At 17.6 kimg of 20" in page_of(folder).text()
-    pages.while_training(folder, Faces([1]), running=True, say=print)
+    pages.while_training(folder, Faces([1]), begun=LATER, running=True, say=print)
     assert [one.ended == "" for one in about.read(folder)] == [False, True]
 
 
@@ -279,6 +282,10 @@ def test_training_leaves_its_page(tiny: Callable[..., object], tmp_path: Path) -
     assert "Done: 0.016 kimg" in page.text()
     assert about.read(tmp_path / "run")[-1].ended and about.read(tmp_path / "run")[-1].device == "CPU"
     assert about.read(tmp_path / "run")[0].images > 0
+    Trainer(tiny("kimg=0.032", "snapshot_kimg=0.008", "resume=auto"), quiet=True).fit()
+    sessions = Receipt.read(tmp_path / "run").sessions
+    assert [one.begun for one in about.read(tmp_path / "run")] == [one.begun for one in sessions]
+    assert len(sessions) == 2 and sessions[0].begun < sessions[1].begun
 
 
 def test_a_page_needs_no_torch_unless_there_is_a_plan(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from lowvram.receipt.account import Account, in_words, session, short
 from lowvram.receipt.energy import ESTIMATE, NVML, EnergyMeter, Source
 from lowvram.receipt.ledger import NAME, Receipt
 from lowvram.receipt.rates import Rates
+from lowvram.receipt.stands_on import StandsOn
 
 
 class Clock:
@@ -177,7 +178,7 @@ def test_costs_of_older_versions_are_said_to_be_unknown(machine: Machine) -> Non
     found = machine.open(None, 5000)
     assert "up to 5 kimg is not known" in machine.said[0]
     machine.train(found, (5000, 6000), 60)
-    found.say_all(None)
+    found.say_all()
     assert "since 5 kimg" in machine.said[-1]
 
 
@@ -233,8 +234,14 @@ def test_the_run_before_is_named_and_not_added(machine: Machine, tmp_path: Path)
     machine.train(machine.open(), (0, 8), 36)
     first, machine.folder = machine.folder, tmp_path / "second"
     machine.folder.mkdir()
-    found = machine.open()
-    machine.train(found, (0, 8), 72)
-    found.say_all(first)
-    assert machine.said[-2].startswith("took 72 s, 2 Wh,")
-    assert str(first) in machine.said[-1] and "36 s, 1 Wh" in machine.said[-1]
+    StandsOn(run="vae-2", recipe="vae", checkpoint="sha256:5", receipt=Receipt.read(first)).write(machine.folder)
+    for took in ("72 s, 2 Wh", "2.4 min, 4 Wh"):  # the second is a session that goes on
+        found = machine.open()
+        machine.train(found, (0, 8), 72)
+        found.say_all()
+        assert machine.said[-2].startswith(f"took {took},")
+        assert "before it vae-2 (recipe vae, sha256:5), not in that: 36 s, 1 Wh" in machine.said[-1]
+    (machine.folder / "stands_on.json").write_text('{"run": 5}')
+    found.say_all()
+    assert "stands_on.json can't be read: run is 5" in machine.said[-1]
+    assert StandsOn.read(first) is None

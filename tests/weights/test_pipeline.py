@@ -310,6 +310,10 @@ def test_files_of_a_folder(folders: dict[str, Path], tmp_path: Path, kind: str) 
     pipeline = open_pipeline(folder)
     assert set(pipeline.names("unet")) == set(expected)
     assert all(torch.equal(pipeline.tensor("unet", name), tensor) for name, tensor in expected.items())
+    read = [path for path in pipeline.files() if path.parent.name == "unet"]
+    there = {path for path in folder.rglob("unet/*") if path.suffix in (".safetensors", ".bin")}
+    assert set(read) == ({file} if kind == "two" else there) and len(read) == len(set(read))
+    assert {path.parent.name for path in pipeline.files()} == set(pipeline.parts)
 
 
 @pytest.mark.parametrize("convolutions", [False, True])
