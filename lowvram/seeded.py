@@ -5,6 +5,7 @@ checkpointing. So each random number is a function of a sample's seed and the na
 """
 
 import zlib
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,18 +34,32 @@ def randn(
     seeds: int64 [B] on the CPU, or None to draw `batch` rows from torch's default generator.
     The numbers are the same on every run on the same kind of device (a CPU and a GPU draw different ones).
     """
-    return _draw("normal_", seeds, shape, stream, device, batch)
+    return _draw("normal_", (), torch.float32, seeds, shape, stream, device, batch)
 
 
 def rand(
     seeds: Tensor | None, *shape: int, stream: str, device: torch.device | str = "cpu", batch: int | None = None
 ) -> Tensor:
     """Uniform numbers in [0, 1), float32 [B, *shape]; otherwise as `randn`."""
-    return _draw("uniform_", seeds, shape, stream, device, batch)
+    return _draw("uniform_", (), torch.float32, seeds, shape, stream, device, batch)
+
+
+def bernoulli(
+    seeds: Tensor | None,
+    p: float,
+    *shape: int,
+    stream: str,
+    device: torch.device | str = "cpu",
+    batch: int | None = None,
+) -> Tensor:
+    """True with probability p, bool [B, *shape]; otherwise as `randn`."""
+    return _draw("bernoulli_", (p,), torch.bool, seeds, shape, stream, device, batch)
 
 
 def _draw(
     method: str,
+    arguments: tuple[Any, ...],
+    dtype: torch.dtype,
     seeds: Tensor | None,
     shape: tuple[int, ...],
     stream: str,
@@ -54,12 +69,12 @@ def _draw(
     if seeds is None:
         if batch is None:
             raise ValueError("give seeds, or the number of rows as batch")
-        return getattr(torch.empty(batch, *shape, device=device), method)()
-    out = torch.empty(len(seeds), *shape, device=device)
+        return getattr(torch.empty(batch, *shape, dtype=dtype, device=device), method)(*arguments)
+    out = torch.empty(len(seeds), *shape, dtype=dtype, device=device)
     if standin.active():
         return out
     generator = torch.Generator(device=device)
     stream_id = zlib.crc32(stream.encode())
     for row, seed in zip(out, seeds.tolist(), strict=True):
-        getattr(row, method)(generator=generator.manual_seed(mix(seed, stream_id)))
+        getattr(row, method)(*arguments, generator=generator.manual_seed(mix(seed, stream_id)))
     return out

@@ -34,13 +34,13 @@ def launch(cwd: Path, *words: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def one(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
-    """The run of a single process, by seed."""
+def one(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """The run of a single process, by seed and settings."""
 
     @cache
-    def make(seed: int) -> Path:
+    def make(seed: int, *words: str) -> Path:
         folder = tmp_path_factory.mktemp("alone")
-        alone = run("lowvram.train", *WORDS, f"seed={seed}", "out=one", cwd=folder)
+        alone = run("lowvram.train", *WORDS, *words, f"seed={seed}", "out=one", cwd=folder)
         assert alone.returncode == 0, alone.stderr
         return folder / "one"
 
@@ -48,18 +48,21 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
 
 
 @pytest.mark.parametrize(
-    "policy",
+    ("words", "policy"),
     [
-        [],
-        pytest.param(["memory.fsdp=offload"], marks=pytest.mark.slow),  # tests/memory/test_fsdp.py trains so too
-        pytest.param(["memory.update.D=deferred", "memory.ema=host"], marks=pytest.mark.slow),
+        ([], []),
+        pytest.param([], ["memory.fsdp=offload"], marks=pytest.mark.slow),  # tests/memory/test_fsdp.py trains so too
+        pytest.param(["optimizer.mapping_lr=0.1"], ["memory.fsdp=shard"], marks=pytest.mark.slow),
+        pytest.param([], ["memory.update.D=deferred", "memory.ema=host"], marks=pytest.mark.slow),
     ],
 )
-def test_two_processes_train_as_one(policy: list[str], one: Callable[[int], Path], tmp_path: Path) -> None:
+def test_two_processes_train_as_one(
+    words: list[str], policy: list[str], one: Callable[..., Path], tmp_path: Path
+) -> None:
     def check(seed: int) -> None:
-        two = launch(tmp_path, *WORDS, *policy, f"seed={seed}", f"out=two{seed}")
+        two = launch(tmp_path, *WORDS, *words, *policy, f"seed={seed}", f"out=two{seed}")
         assert two.returncode == 0, two.stdout + two.stderr
-        compare(one(seed), tmp_path / f"two{seed}")
+        compare(one(seed, *words), tmp_path / f"two{seed}")
 
     for_one_of_the_seeds(check)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from faults import Fault
 from safetensors.torch import load_file
 from tiny_fine_tuning import CALM, batches, largest_difference, make_pictures, networks, run_task, trainer_for
 from tiny_pipelines import make_pipeline
@@ -138,6 +139,12 @@ TECHNIQUES: dict[str, tuple[tuple[str, ...], tuple[str, ...], float]] = {
         ("memory.frozen=stream", "memory.activations.denoiser=recompute", "micro_batch.denoiser=2"),
         REORDERED,
     ),
+    "LoRA, micro-batches of 1": (TEXT, ("micro_batch.denoiser=1",), REORDERED),
+    "LoRA, micro-batches of 2, recompute": (
+        TEXT,
+        ("micro_batch.denoiser=2", "memory.activations.denoiser=recompute"),
+        REORDERED,
+    ),
     "LoRA, deferred": (TEXT, ("memory.update.denoiser=deferred", "memory.state.denoiser=host"), 0.0),
     "a word, frozen streamed": (NEW_WORD, ("memory.frozen=stream", "memory.activations.denoiser=recompute"), 0.0),
     "full, streamed": (FULL, (*STREAMED, "memory.ema=host"), 0.0),
@@ -159,6 +166,22 @@ def test_the_same_is_trained_under(technique: str, run: Run) -> None:
         assert one == pytest.approx(other, rel=1e-5)
     assert largest_difference(found, wanted) <= tolerance
     assert largest_difference(begun, wanted) > 100 * REORDERED
+
+
+def test_a_step_that_ran_out_of_memory_drops_the_same(run: Run, home: Path, tmp_path: Path) -> None:
+    """Made again with smaller micro-batches, under recomputation."""
+    words = [*CALM, "batch=4", "kimg=10", "optimizer.clip_norm=0.5", "optimizer.warmup_kimg=0.02"]
+    made = trainer(home, tmp_path / "run", *TEXT, *words)
+    said: list[str] = []
+    made.rescue.say = said.append
+    fault = Fault(at=(1, 3))
+    next(iter(made.task.tuned.unet.blocks().values())).register_forward_hook(fault)
+    for batch in batches(made, STEPS):
+        made.train_step(batch)
+    assert fault.raised == 2 and len(said) == 2
+    assert made.applied.policy.phases["denoiser"].micro_batch in (1, 2), said
+    wanted, _ = run(*TEXT)
+    assert largest_difference(networks(made), wanted) <= REORDERED
 
 
 @pytest.mark.parametrize("narrow", ["fp16", "bf16"])

@@ -1,5 +1,6 @@
 """Text encoders with a step size of their own, under each way to update."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -98,3 +99,54 @@ def saved(run: Path) -> dict[str, Tensor]:
     assert folder is not None
     files = sorted(folder.glob("*.safetensors"))
     return {f"{file.stem}.{key}": tensor for file in files for key, tensor in load_file(file).items()}
+
+
+RESUMED: dict[str, tuple[str, ...]] = {
+    "lora": LORA,
+    "lora, deferred, state on the host": (*LORA, *UPDATES["deferred"]),
+    "lora, 8 bits": (*LORA, *UPDATES["adam8bit"]),
+    "lora, bf16": (*LORA, *UPDATES["bf16"]),
+    "full, streamed": ("sd15_finetune", *TRAINED, "memory.weights.denoiser=stream", "memory.update.denoiser=deferred"),
+}
+
+
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=[pytest.mark.slow] * ("," in k)) for k in RESUMED])
+def test_a_run_goes_on_with_it_or_without_it(kind: str, home: Path, tmp_path: Path) -> None:
+    """What the optimizer knows of each weight stays, and the next step has the size that is named now."""
+    words = (*RESUMED[kind], "optimizer.lr=0.02", "kimg=0.004")
+    trainer(home, tmp_path / "without", *words).fit()  # two steps
+    trainer(home, tmp_path / "with", *words, "text.lr=0.01").fit()
+    exact = "bf16" not in kind  # whose steps are rounded
+    for begun, now, share in (("without", "0.005", 0.25), ("with", "null", 2.0), ("with", "0.04", 4.0)):
+        as_it_was = resumed(home, tmp_path / begun, *words)
+        other = resumed(home, tmp_path / begun, *words, f"text.lr={now}")
+        for one, two in zip(state_of(as_it_was), state_of(other), strict=True):
+            assert torch.equal(one, two)
+        assert sum(bool(tensor.any()) for tensor in state_of(other)) > len(state_of(other)) // 2
+        wanted, found = one_step(as_it_was), one_step(other)
+        for one, two in zip(state_of(as_it_was), state_of(other), strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-7)
+        for key, change in found.items() if exact else ():
+            alike = wanted[key] * (share if "text" in key.split(".")[0] else 1.0)
+            torch.testing.assert_close(change, alike, rtol=1e-3, atol=1e-6)
+        assert any(change.any() for key, change in found.items() if "text" in key.split(".")[0])
+
+
+def resumed(home: Path, run: Path, *words: str) -> Any:
+    """A copy of a run, which has one more step to go."""
+    copy = run.parent / f"{run.name} {len(list(run.parent.iterdir()))}"
+    shutil.copytree(run, copy)
+    return trainer(home, copy, *words, "kimg=0.006", "resume=auto")
+
+
+def state_of(made: Any) -> list[Tensor]:
+    """Of the optimizer, as a checkpoint has it."""
+    tensors, _ = made.applied.updaters["denoiser"].state()
+    return [tensors[key].detach().clone().float() for key in sorted(tensors)]
+
+
+def one_step(made: Any) -> dict[str, Tensor]:
+    begun = networks(made)
+    made.fit()
+    ended = networks(made)
+    return {key: ended[key] - begun[key] for key in begun}

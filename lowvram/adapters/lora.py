@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lowvram import libraries
+from lowvram.adapters.dropout import SeededDropout
 from lowvram.adapters.twin import Branch, Twin
 from lowvram.errors import LowVRAMError
 
@@ -88,6 +89,16 @@ class Adapters(Branch):
         for layer in self.layers.values():
             layer.training = mode
         return super().train(mode)
+
+    def seed(self, seeds: Tensor | None) -> None:
+        """Draw dropout by these: int64 [b] on the CPU, one for each sample of the batch that comes next.
+
+        They count until others are given, for what is recomputed in the backward too. None, as it begins: dropout draws
+        from torch's default generator.
+        """
+        for module in self.modules():
+            if isinstance(module, SeededDropout):
+                module.seeds = seeds
 
     def scale(self, value: float) -> None:
         """Count the change `value`-fold; 0 leaves the network as it was without it.
@@ -197,8 +208,9 @@ def add(
     Args:
         rank, alpha: see above; alpha None: the rank.
         targets: presets (attention, transformer, all), or names or ends of names of linear and 2-D convolution layers.
-        dropout: of the input of A, 0 up to 1. dora: see above.
-        name: where several are added to one network, each has its own, and their changes add up.
+        dropout: of the input of A, 0 up to 1 (see `Adapters.seed`). dora: see above.
+        name: where several are added to one network, each has its own, and their changes add up. Their dropout, and
+            that of layers of one path in two networks, differs by it.
 
     Raises:
         LowVRAMError: peft is missing; a value is out of range, a target is no layer, or the name is taken.
@@ -246,8 +258,10 @@ def add_to(
     layers: dict[str, Any] = {path: network.get_submodule(path) for path in ranks}
     for layer, names in active.items():
         layer.set_adapter(names)
-    for layer in layers.values():
+    for path, layer in layers.items():
         _fill(layer, name)
+        if dropout:
+            layer.lora_dropout[name] = SeededDropout(dropout, f"dropout.{name}.{path}")
         layer._cast_input_dtype = _cast_input
     adapters = Adapters(network, layers, ranks, name)
     network.requires_grad_(False)

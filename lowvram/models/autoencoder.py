@@ -195,6 +195,21 @@ class Autoencoder(nn.Module):
         """The unscaled latents of a diffusion model's, which `decode` takes. [B, latent, h, w] -> the same, fp32."""
         return z.to(_at_least_fp32(z)) / self.scaling_factor + self.shift_factor
 
+    def decoding_bytes(self, height: int, width: int) -> int:
+        """The most that `decode` has of activations at a time for a latent of this size, without gradients.
+
+        Besides it there are weights, and what the kernels take for themselves.
+        """
+        channels, last = tuple(reversed(self.block_out_channels)), len(self.block_out_channels) - 1
+        most = (8 if self.mid_block_add_attention else 5) * channels[0]  # channels, of a latent pixel
+        for i, out in enumerate(channels):
+            into = channels[max(0, i - 1)]
+            wide = [2 * into + out, into + 4 * out]  # the first residual block; the others, beside the stage's input
+            if i < last:
+                wide.append(into + 9 * out)  # the upsampler, whose output has four times the pixels
+            most = max(most, max(wide) * 4**i)
+        return most * height * width * self.decoder.conv_in.weight.element_size()
+
     def blocks(self) -> dict[str, nn.Module]:
         """Residual blocks, attention and samplers, in the order they run."""
         halves = (("encoder", self.encoder), ("decoder", self.decoder))

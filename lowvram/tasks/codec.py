@@ -4,11 +4,13 @@ A run keeps a copy in its own folder (autoencoder/config.json and weights, as a 
 that it can be moved and sampled from alone.
 """
 
+import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
+import psutil
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
@@ -42,6 +44,9 @@ _WEIGHTS = "diffusion_pytorch_model.safetensors"
 _MEASURED_LATENTS = 2048  # whose spread sets the scale of latents
 _ENCODED_PIXELS = 1024  # images to this size are encoded whole: each tile would have norms of its own
 _LARGER = 9 / 8  # several crops are cut from pictures so much larger
+_KERNELS = 1.25  # with the workspace of convolutions, and what the allocator rounds up
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -55,6 +60,7 @@ class Codec:
     autoencoder: Autoencoder
     scaled: bool
     of_run: StandsOn | None = None
+    _said: bool = field(default=False, init=False, repr=False)  # that images are decoded in tiles
 
     def encode(self, images: Tensor, device: torch.device) -> Tensor:
         """uint8 [n, 3, H, W] -> moments [n, 2 C, h, w] on the device; in halves where memory runs out."""
@@ -67,11 +73,15 @@ class Codec:
         torch.cuda.empty_cache()
         return torch.cat([self.encode(half, device) for half in images.chunk(2)])
 
-    def decode(self, z: Tensor, device: torch.device, micro_batch: int) -> Tensor:
+    def decode(self, z: Tensor, device: torch.device, micro_batch: int, *, reserve: bool = True) -> Tensor:
         """Scaled latents [n, C, h, w] -> uint8 images [n, 3, H, W] on the CPU; the autoencoder is moved for it.
+
+        Images larger than a tile are decoded whole where memory suffices, else in tiles, whose norms differ a little;
+        a plan counts on tiles.
 
         micro_batch: images at a time, at most, and no more than have the pixels of a tile: the decoder's activations
         at full resolution are larger than anything that the denoiser needs.
+        reserve: take what the card has left, not only what torch holds of it already.
         """
         pixels = z.shape[2] * z.shape[3] * self.autoencoder.factor**2
         micro_batch = max(1, min(micro_batch, TILE_PIXELS**2 // pixels))
@@ -79,10 +89,42 @@ class Codec:
             z = z[:micro_batch]
         out = []
         with torch.no_grad(), on_device(self.autoencoder, device):
+            whole = self._decodes_whole(z[:micro_batch], device, reserve)
             for part in z.split(micro_batch):
                 latents = self.autoencoder.unscale(part.to(device))
-                out.append(to_pixels(decode_safely(self.autoencoder, latents, tile_pixels=TILE_PIXELS)).cpu())
+                images = self._whole(latents) if whole else None
+                if images is None:
+                    whole = False
+                    images = decode_safely(self.autoencoder, latents, tile_pixels=TILE_PIXELS)
+                out.append(to_pixels(images).cpu())
         return torch.cat(out)
+
+    def _decodes_whole(self, z: Tensor, device: torch.device, reserve: bool) -> bool:
+        """Whether latents of more than a tile [b, C, h, w] are decoded whole; smaller ones are anyway."""
+        height, width = z.shape[2:]
+        if standin.active() or max(height, width) * self.autoencoder.factor <= TILE_PIXELS:
+            return False
+        needed = _KERNELS * len(z) * self.autoencoder.decoding_bytes(height, width)
+        room = _room_bytes(device, reserve)
+        if needed > room:
+            self._say_tiles(z, f"whole it takes {needed / 2**30:.1f} GiB, and {room / 2**30:.1f} are free")
+        return needed <= room
+
+    def _whole(self, latents: Tensor) -> Tensor | None:
+        """Unscaled latents decoded whole; None where memory runs out all the same."""
+        try:
+            return decode_safely(self.autoencoder, latents)
+        except torch.OutOfMemoryError:
+            self._say_tiles(latents, "out of memory when it was tried whole")
+        if latents.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return None
+
+    def _say_tiles(self, z: Tensor, why: str) -> None:
+        if not self._said:
+            height, width = (side * self.autoencoder.factor for side in z.shape[2:])
+            _log.warning("decoding %dx%d in tiles of %d: %s", width, height, TILE_PIXELS, why)
+        self._said = True
 
     def to_latents(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
         """As `Autoencoder.to_latents`, which needs no weights."""
@@ -98,6 +140,19 @@ class Codec:
         self.autoencoder.shift_factor = float(mean.mean())
         self.autoencoder.scaling_factor = float((mean.var() + variance.mean()).rsqrt())
         self.scaled = True
+
+
+def _room_bytes(device: torch.device, reserve: bool) -> int:
+    """Memory for activations: what is free on the host; of a card, within the bound on this process. See `decode`."""
+    if device.type != "cuda":
+        return int(psutil.virtual_memory().available)
+    held = torch.cuda.memory_reserved(device)
+    room = held - torch.cuda.memory_allocated(device)
+    if reserve:
+        free, total = torch.cuda.mem_get_info(device)
+        bound = int(torch.cuda.get_per_process_memory_fraction(device) * total)
+        room += max(0, min(free, bound - held))
+    return room
 
 
 # Where it comes from.

@@ -60,6 +60,9 @@ class FineTuned:
         """The names of those of `trained` that are of text encoders."""
         return [name for name in self.trained if name == "text" or name.startswith("lora_text")]
 
+    def seed(self, seeds: Tensor) -> None:
+        """Draw what is random in the networks by the seeds of the samples that come next, int64 [b] on the CPU."""
+
     def average(self) -> None:
         """Make `averaged`, with the values of `trained`."""
 
@@ -184,6 +187,10 @@ class Lora(FineTuned):
             narrow = published.compute_dtype(self.settings, self.device)
             quantized.quantize(unet, "nf4", compute_dtype=narrow, device=on)
         return unet
+
+    def seed(self, seeds: Tensor) -> None:
+        for adapters in self.adapters.values():
+            adapters.seed(seeds)
 
     def average(self) -> None:
         self.twins = {part: adapters.twin() for part, adapters in self.adapters.items()}

@@ -46,6 +46,7 @@ class LatentTask(Task):
     schedule: Schedule
     predict: Predict
     scale, shift = 1.0, 0.0  # of latents, known with the data
+    in_training = False
 
     # Training.
 
@@ -64,6 +65,7 @@ class LatentTask(Task):
 
         lrs: step sizes of networks that have their own; these come last in `trained`.
         """
+        self.in_training = True
         settings, adam, own = self.settings, self.settings.optimizer, lrs or {}
         shared = [p for network in trained if network not in own for p in network.parameters()]
         groups: list[dict[str, Any]] = [{"params": shared}]
@@ -180,7 +182,7 @@ class LatentTask(Task):
                 if value is not None:
                     raise LowVRAMError(f"{name} is given without an image to change.", "Give init as well.")
             z = sampler.from_noise(shape, seeds, **told)
-            return self.codec.decode(z, self.device, sampler.micro_batch)
+            return self._decoded(z, sampler)
         if wishes.size is not None:
             raise LowVRAMError(
                 f"size={wishes.size[0]}x{wishes.size[1]} beside an image to change, which has a size.",
@@ -210,7 +212,7 @@ class LatentTask(Task):
             z = self.codec.to_latents(moments).cpu().expand(len(seeds), -1, -1, -1)
         if mask is None:
             z = sampler.from_images(z, seeds, strength=0.6 if strength is None else strength, **told)
-            return self.codec.decode(z, self.device, sampler.micro_batch)
+            return self._decoded(z, sampler)
         if mask.shape != (1, *init.shape[1:]):
             raise LowVRAMError(
                 f"the mask is {list(mask.shape[1:])} and the image {list(init.shape[1:])} (height, width).",
@@ -220,7 +222,11 @@ class LatentTask(Task):
         # A latent pixel is made anew where any of its pixels is: those that stay are put back below.
         in_latents = F.max_pool2d(anew[None].float(), self.settings.latent.factor)
         z = sampler.inpaint(z, in_latents, seeds, strength=1.0 if strength is None else strength, **told)
-        return torch.where(anew, self.codec.decode(z, self.device, sampler.micro_batch), init)
+        return torch.where(anew, self._decoded(z, sampler), init)
+
+    def _decoded(self, z: Tensor, sampler: LatentSampler) -> Tensor:
+        """Images of latents; in a training from no more memory than its steps take, which is what was planned."""
+        return self.codec.decode(z, self.device, sampler.micro_batch, reserve=not self.in_training)
 
     def interpolate(
         self,
@@ -244,7 +250,7 @@ class LatentTask(Task):
 
         def frames() -> Iterator[Tensor]:
             for latents in zip(*walks, strict=True):
-                images = self.codec.decode(torch.stack(latents), self.device, sampler.micro_batch)
+                images = self._decoded(torch.stack(latents), sampler)
                 yield make_grid(images, columns=cols)
 
         return frames()

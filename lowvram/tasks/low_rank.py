@@ -96,11 +96,11 @@ def add(
     said = settings.lora
     if begin is None or part not in begin.parts:
         rank, alpha, dora = said.rank, said.alpha, said.dora
-        return lora.add(network, rank=rank, alpha=alpha, targets=targets, dropout=said.dropout, dora=dora)
+        return lora.add(network, rank=rank, alpha=alpha, targets=targets, dropout=said.dropout, dora=dora, name=part)
     name = "lora.targets" if part == "unet" else "lora.text_targets"
     wanted = set(lora.find_targets(network, targets)) if name in settings.overrides else None
     values = not standin.active()
-    adapters = lora_files.add_from_file(network, part, begin, name="default", dropout=said.dropout, values=values)
+    adapters = lora_files.add_from_file(network, part, begin, name=part, dropout=said.dropout, values=values)
     if wanted is not None and wanted != set(adapters.layers):
         raise LowVRAMError(
             f"{name}={targets} means {len(wanted)} layers of {part}, and lora.begin={said.begin} has "

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lowvram import seeded, standin
+from lowvram import standin
 from lowvram.data import ImageSet
 from lowvram.data.caption_templates import read_templates
 from lowvram.data.caption_variants import TEMPLATED, variants_of
@@ -138,15 +138,8 @@ class StableDiffusionTask(LatentTask):
             self.say(f"{len(captions) - with_it:,} of {len(captions):,} captions lack {token}")
 
     def loss(self, micro: MicroBatch) -> Tensor:
-        if standin.active() or not (self.settings.train == "lora" and self.settings.lora.dropout):
-            return self._error(micro)
-        # Dropout draws from torch's own generator: by the samples' seeds, or a resumed run would go on otherwise.
-        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(seeded.mix(*micro.seeds.tolist()))
-            return self._error(micro)
-
-    def _error(self, micro: MicroBatch) -> Tensor:
         """The squared error of what the UNet predicts, on latents drawn from the autoencoder's distribution."""
+        self.tuned.seed(micro.seeds)
         settings, channels = self.settings, self.settings.latent.channels
         moments = micro.images.to(self.device)  # [b, 2 C or, with a mask, 2 C + 1, h, w]
         x0 = self.drawn(moments[:, : 2 * channels], micro.seeds)

@@ -114,7 +114,7 @@ def test_guidance(
     assert mean(strong, plain) > 0.3
     assert torch.equal(sample(0, 0), sample(0, 1))  # nothing of the condition
     decode, latents = task.codec.decode, []
-    monkeypatch.setattr(task.codec, "decode", lambda z, *rest: (latents.append(z), decode(z, *rest))[1])
+    monkeypatch.setattr(task.codec, "decode", lambda z, *rest, **more: (latents.append(z), decode(z, *rest, **more))[1])
     for guidance in (0, 1, 3):
         task.sample(1, guidance=guidance, steps=1, **{option: values[0]})
     null, once, thrice = latents  # of a single step, which is linear in what the network gives
