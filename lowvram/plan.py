@@ -10,13 +10,14 @@ from lowvram.errors import LowVRAMError
 
 if TYPE_CHECKING:
     from lowvram.planner.plan import Plan
+    from lowvram.planner.recipe import Costs
     from lowvram.settings import Settings
 
 _OWN = {
     "card": "a card by name (card=3060); else the one that is there, else a usual one of the budget's size",
     "allow": "what may be changed of the training: adam8bit, fd_r1, pl_shrink (allow=[fd_r1,pl_shrink])",
     "processes": "that train together, each on such a card (accelerate launch --num_processes N); 1 unless given",
-    "costs": "true: what the same training takes on every card that is known; half as long again",
+    "costs": "true: the table of other cards with each planned for by itself, a third longer; false: no such table",
     "proposal": "true: with costs, and proposal.md, one page that asks for compute; needs a plan of smaller images too",
     "aim": 'what the training is for, in your words, for the proposal (aim="...")',
     "out": "the folder for plan.json and plan.png; plans/RECIPE-VRAM unless given",
@@ -45,7 +46,7 @@ def _plan(arguments: list[str]) -> bool:
         raise LowVRAMError("No recipe was given.", f"Add recipe=NAME: {', '.join(config.recipe_names())}.")
     settings = config.load_recipe(recipe, [w for w in words if not w.startswith("recipe=")])
     proposed = _flag("proposal", own)
-    costs = _flag("costs", own) or proposed
+    costs = _costs(own, proposed)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # nothing is computed; threads would only wait for one another
     from lowvram.planner import picture, proposal
     from lowvram.planner.recipe import plan_recipe
@@ -90,6 +91,13 @@ def _smaller(settings: "Settings", card: str, processes: int) -> "Plan | None":
     given |= {key: getattr(settings, key) for key in ("kimg", "batch") if key in settings.overrides}
     words = config.short_forms([f"{key}={value}" for key, value in given.items() if value is not None])
     return plan_recipe(config.load_recipe(name, words), card=card, processes=processes)
+
+
+def _costs(own: dict[str, str], proposed: bool) -> "Costs":
+    """How closely other cards are looked at."""
+    if proposed or _flag("costs", own):
+        return "each"
+    return "none" if "costs" in own else "quick"
 
 
 def _flag(name: str, own: dict[str, str]) -> bool:

@@ -15,6 +15,7 @@ from lowvram.memory.ladder import PhaseFacts
 from lowvram.memory.policy import MemoryPolicy, OptimizerPolicy
 from lowvram.memory.stream_parts import aligned, staying
 from lowvram.planner import cost
+from lowvram.planner.allocator import Replay, replay
 from lowvram.planner.cards import Card
 from lowvram.planner.compose import Flow, Taking, Writer, flow
 from lowvram.planner.cost import Rates
@@ -271,7 +272,7 @@ class Estimator:
         if first is None or not self.structure.has_slots:
             return []
         if not self.structure.resident:
-            return list(self.recorded(first, (first.group, "keep", 1)).residents.sizes)
+            return list(self.recorded(first, _slots_from(first)).residents.sizes)
         sizes = []
         for stream, stays in self._stays():
             blocks = zip(stream.blocks, stays, strict=True)
@@ -316,6 +317,18 @@ class Estimator:
         if not self.facts.average_bytes:  # but updates that wait for a use
             self._write_waiting(writer, policy)
         return writer.requests()
+
+    def replayed(self, policy: MemoryPolicy) -> tuple[Requests, Replay]:
+        """The requests of a whole training, and what an allocator does with them."""
+        known = [
+            (self.job(phase, choice_of(policy, phase)) in self.exact, self.job(phase, _slots_from(phase)) in self.exact)
+            for phase in self.facts.phases
+        ]
+        key = self.structure, policy, tuple(known)
+        if key not in self.pieces.replays:
+            requests = self.requests(policy)
+            self.pieces.replays[key] = requests, replay(requests)
+        return self.pieces.replays[key]
 
     def _write_waiting(self, writer: Writer, policy: MemoryPolicy) -> None:
         for name, own in self._own(policy).items() if self.streams else ():
@@ -368,6 +381,11 @@ class Estimator:
             writer.play(flow(self.update_piece(phase.optimizer, own).piece, Taking(later=True)))
         for gradients in kept:
             writer.free(gradients)
+
+
+def _slots_from(phase: PhaseFacts) -> Choice:
+    """What is looked at to know the slots of streams."""
+    return phase.group, "keep", 1
 
 
 def choice_of(policy: MemoryPolicy, phase: PhaseFacts) -> Choice:

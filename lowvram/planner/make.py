@@ -123,10 +123,9 @@ def cost_from(pieces: Pieces, request: Request, card: Card, *, allow: Collection
     except LowVRAMError:  # not a block fits: other mistakes have been found with the card that was asked for
         pass
     else:
-        found = search.within(where.budget_bytes)
-        chosen = found.best or found.least
-        needed = chosen.needed_bytes
-        training = _training(request, where, chosen) if found.best is not None else None
+        best = search.fastest(where.budget_bytes)
+        needed = (best or search.within(where.budget_bytes).least).needed_bytes
+        training = None if best is None else _training(request, where, best)
     return CardCost(
         card=card.name,
         fits=training is not None,

@@ -4,15 +4,17 @@ import gc
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 from lowvram.planner import compose
+from lowvram.planner.allocator import Replay
+from lowvram.planner.log import Requests
 from lowvram.planner.record import LARGE
 from lowvram.planner.subject import Subject
 from lowvram.planner.tracing import Facts, Job, Recorded, Structure, Tracer, tracer
@@ -41,7 +43,10 @@ class Pieces:
         self._proportional = proportional
         self._recorded: dict[Job, Recorded] = {}
         self._facts: dict[Structure, Facts] = {}
-        self._pool = _pool(build, _safe_processes() if processes is None else processes)
+        self.replays: dict[Hashable, tuple[Requests, Replay]] = {}  # of whole trainings: the same on every card
+        self._build = build
+        self._processes = _safe_processes() if processes is None else processes
+        self._pool: ProcessPoolExecutor | None = None
 
     def __enter__(self) -> "Pieces":
         return self
@@ -93,7 +98,8 @@ class Pieces:
         return large(job, unit) if self._proportional else job
 
     def _run(self, jobs: list[Job]) -> list[Any]:
-        if self._pool is not None:
+        if jobs and self._processes > 1:
+            self._pool = self._pool or _pool(self._build, jobs[0].structure, self._processes)
             try:
                 return list(self._pool.map(_do, jobs))
             except RuntimeError as error:
@@ -101,7 +107,7 @@ class Pieces:
                 if not isinstance(error, BrokenExecutor) and "Autograd-and-Fork" not in str(error):
                     raise
                 self._pool.shutdown(cancel_futures=True)
-                self._pool = None
+                self._pool, self._processes = None, 1
         return [self._bench.do(job) for job in jobs]
 
 
@@ -119,17 +125,22 @@ class _Bench:
         self._structure: Structure | None = None
         self._tracer: Tracer | None = None
 
-    def do(self, job: Job) -> Any:
-        # The fakes' modes are entered for each job, so that nothing else is fake between two.
-        if self._tracer is None or self._structure != job.structure:
+    def prepare(self, structure: Structure) -> Tracer:
+        """The tracer for a structure."""
+        if self._tracer is None or self._structure != structure:
             self.close()
-            self._tracer = self._stack.enter_context(tracer(self._build, job.structure))
-            self._structure = job.structure
+            self._tracer = self._stack.enter_context(tracer(self._build, structure))
+            self._structure = structure
             if self._freezes:
                 gc.freeze()
+        return self._tracer
+
+    def do(self, job: Job) -> Any:
+        made = self.prepare(job.structure)
         try:
-            with self._tracer.active():
-                return self._tracer.facts() if job.what == "facts" else self._tracer.record(job)
+            # The fakes' modes are entered for each job, so that nothing else is fake between two.
+            with made.active():
+                return made.facts() if job.what == "facts" else made.record(job)
         except BaseException:
             self.close()  # what was interrupted half-way is of no more use
             raise
@@ -146,10 +157,12 @@ class _Bench:
 _bench: _Bench | None = None  # of a process that records for another
 
 
-def _start(build: Callable[[], Subject]) -> None:
+def _start(build: Callable[[], Subject], structure: Structure) -> None:
     global _bench
     torch.set_num_threads(1)
     _bench = _Bench(build, freezes=True)
+    with suppress(Exception):  # which the first job meets again, and tells
+        _bench.prepare(structure)  # all processes at once
 
 
 def _do(job: Job) -> Any:
@@ -157,11 +170,9 @@ def _do(job: Job) -> Any:
     return _bench.do(job)
 
 
-def _pool(build: Callable[[], Subject], processes: int) -> ProcessPoolExecutor | None:
-    if processes < 2:
-        return None
+def _pool(build: Callable[[], Subject], structure: Structure, processes: int) -> ProcessPoolExecutor:
     context = multiprocessing.get_context("fork")  # `build` is a closure, which only a fork takes along
-    return ProcessPoolExecutor(processes, mp_context=context, initializer=_start, initargs=(build,))
+    return ProcessPoolExecutor(processes, mp_context=context, initializer=_start, initargs=(build, structure))
 
 
 def _safe_processes() -> int:

@@ -1,10 +1,10 @@
 """A recipe's task as a subject to plan for."""
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -25,6 +25,8 @@ from lowvram.planner.tracing import Structure
 from lowvram.receipt.rates import Rates
 from lowvram.settings import Settings, parse_bytes
 from lowvram.tasks import build_task, task_class
+
+Costs = Literal["none", "quick", "each"]
 
 
 def subject_of(settings: Settings) -> Callable[[], Subject]:
@@ -73,12 +75,13 @@ def plan_recipe(
     where: make.Place | None = None,
     allow: Collection[str] = (),
     processes: int = 1,
-    costs: bool = False,
+    costs: Costs = "none",
 ) -> Plan:
     """The plan for a recipe within `settings.vram`, on a card (see `make.place`), or in a place that is given whole.
 
     What is allowed is used only if nothing fits without it. processes: that train together, each on such a card.
-    costs: with what the training takes on every card of the table.
+    costs: with what the training takes on the cards of the table: "each" plans for every one by itself; "quick" takes
+        what was recorded for the plan's card, and leaves out those that would train in another precision.
 
     Raises:
         LowVRAMError: the budget, the card or an allowed change makes no sense.
@@ -95,7 +98,7 @@ def plan_recipe(
             plan = way.plan(where)
             if plan.fits:
                 break
-        return replace(plan, costs=tuple(_costs(ways, plan, where))) if costs else plan
+        return plan if costs == "none" else _with_costs(plan, ways, where, each=costs == "each")
 
 
 class _Way:
@@ -126,16 +129,24 @@ class _Way:
         """The plan for a place."""
         return make.make_from(self.pieces, self.request(where.card), where, allow=self.allow)
 
-    def cost(self, card: Card) -> CardCost:
-        """The cost on a card."""
-        return make.cost_from(self.pieces, self.request(card), card, allow=self.allow)
+    def cost(self, card: Card, structure: Structure) -> CardCost:
+        """The cost on a card, by what is recorded under a structure."""
+        request = replace(self.request(card), structure=structure)
+        return make.cost_from(self.pieces, request, card, allow=self.allow)
 
 
-def _costs(ways: Sequence[_Way], plan: Plan, where: make.Place) -> Iterator[CardCost]:
-    """The training on the plan's card and on all the others, in the order of the table.
-
-    Cards that record alike are tried one after the other, the plan's kind first: another has the networks built anew.
-    """
+def _with_costs(plan: Plan, ways: Sequence[_Way], where: make.Place, *, each: bool) -> Plan:
+    """The plan with the training's cost on its card and on the others, in the order of the table."""
+    here, notes = ways[0].request(where.card).structure, plan.notes
+    kinds = {card.name: ways[0].request(card).structure for card in cards.CARDS}
+    if each:
+        # Cards that record alike one after the other, the plan's kind first: another has the networks built anew.
+        order = list(dict.fromkeys([here, *kinds.values()]))
+        looked_at = sorted(cards.CARDS, key=lambda card: order.index(kinds[card.name]))
+    else:
+        looked_at = [card for card in cards.CARDS if _trains_like(kinds[card.name], here)]
+        notes += tuple(_on_quick_costs(plan.card, here, kinds))
+        kinds = dict.fromkeys(kinds, here)
     own = CardCost(
         card=plan.card,
         fits=plan.fits,
@@ -146,20 +157,37 @@ def _costs(ways: Sequence[_Way], plan: Plan, where: make.Place) -> Iterator[Card
         kwh=plan.kwh if plan.fits else 0.0,
         changes=plan.changes,
     )
-    kinds = {card.name: ways[0].request(card).structure for card in (where.card, *cards.CARDS)}
-    order = list(dict.fromkeys(kinds.values()))  # the plan's card's is the first
     rows = {plan.card: own}
-    for card in sorted(cards.CARDS, key=lambda card: order.index(kinds[card.name])):
+    for card in looked_at:
         if card.name not in rows:
-            rows[card.name] = _cost(ways, card)
-    if plan.card not in {card.name for card in cards.CARDS}:
-        yield own
-    yield from (rows[card.name] for card in cards.CARDS)
+            rows[card.name] = _cost(ways, card, kinds[card.name])
+    others = tuple(rows[card.name] for card in cards.CARDS if card.name in rows)
+    return replace(plan, costs=others if own in others else (own, *others), notes=notes)
 
 
-def _cost(ways: Sequence[_Way], card: Card) -> CardCost:
+def _on_quick_costs(name: str, here: Structure, kinds: Mapping[str, Structure]) -> Iterator[str]:
+    """What is to be known of a table of cards that all trained as one of them does."""
+    left_out = [other for other, kind in kinds.items() if not _trains_like(kind, here)]
+    if any(kind.triton != here.triton for kind in kinds.values()):
+        # faces256: 1.17 to 1.35 of the time that costs=true finds, and the same memory
+        wrong = "that don't run Triton's kernels are slower" if here.triton else "that run Triton's kernels are faster"
+        yield (
+            f"other cards are reckoned with the {name}'s kernels: those {wrong} than told, often by a fifth to a third "
+            "(costs=true: each by itself)"
+        )
+    if left_out:
+        yield f"costs=true tells of {', '.join(left_out)} too, which would train in another precision"
+
+
+def _trains_like(one: Structure, other: Structure) -> bool:
+    """Whether training needs as much memory and arithmetic, but for kernels."""
+    halves = (one.precision == "fp32") == (other.precision == "fp32")
+    return halves and replace(one, triton=other.triton, precision=other.precision) == other
+
+
+def _cost(ways: Sequence[_Way], card: Card, structure: Structure) -> CardCost:
     for way in ways:
-        row = way.cost(card)
+        row = way.cost(card, structure)
         if row.fits:
             break
     return row

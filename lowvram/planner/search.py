@@ -14,7 +14,7 @@ from lowvram.errors import LowVRAMError
 from lowvram.memory.ladder import PhaseFacts
 from lowvram.memory.policy import MemoryPolicy, OptimizerPolicy
 from lowvram.planner import calibration
-from lowvram.planner.allocator import Replay, replay
+from lowvram.planner.allocator import Replay
 from lowvram.planner.calibration import Constants
 from lowvram.planner.cards import Card
 from lowvram.planner.estimate import Choice, Estimator, choice_of
@@ -100,13 +100,17 @@ class Search:
 
     def within(self, vram_bytes: int | None) -> Found:
         """The fastest policy whose device memory and margin are within the budget; None: no budget."""
+        best = self.fastest(vram_bytes)
+        return self._found(best, self._frontiers[max(self._frontiers)], vram_bytes)
+
+    def fastest(self, vram_bytes: int | None) -> Weighed | None:
+        """The best alone; None: nothing fits."""
         best: Weighed | None = None
         for tier in self._tiers():
             best = self._best(tier, vram_bytes)
             if best is not None and self._is_final(tier, best):
                 break
-        last = max(self._frontiers)
-        return self._found(best, self._frontiers[last], vram_bytes)
+        return best
 
     def least(self, below_bytes: int) -> Weighed:
         """The thriftiest policy; the search goes on only until one needs no more than `below_bytes`."""
@@ -133,8 +137,7 @@ class Search:
         if found is None or (settle and not found.settled):
             if settle:
                 candidate.estimator.settle(candidate.policy)
-            requests = candidate.estimator.requests(candidate.policy)
-            replayed = replay(requests)
+            requests, replayed = candidate.estimator.replayed(candidate.policy)
             needed = calibration.needed_bytes(replayed.reserved_bytes, self.constants)
             needed += calibration.margin(replayed.reserved_bytes, self.constants)
             found = Weighed(

@@ -10,7 +10,8 @@ from tiny import TINY
 from lowvram.config import load_recipe
 from lowvram.planner import cards, cost_table, costs, table
 from lowvram.planner.plan import Plan
-from lowvram.planner.recipe import plan_recipe
+from lowvram.planner.recipe import _on_quick_costs, _trains_like, plan_recipe
+from lowvram.planner.tracing import Structure
 from lowvram.receipt.rates import Rates
 
 # Little to choose from, so that a search takes no time.
@@ -135,7 +136,7 @@ def test_lines_stay_within_the_width(width: int, price: str | None) -> None:
 def planned() -> Plan:
     """All cards, with a rent for the one that was asked for."""
     settings = load_recipe("faces32", [*SMALL, "vram=6GB", "price=$0.40/h"])
-    return plan_recipe(settings, card="RTX 2060", costs=True)
+    return plan_recipe(settings, card="RTX 2060", costs="each")
 
 
 def test_every_card_has_its_row(planned: Plan) -> None:
@@ -155,3 +156,23 @@ def test_a_row_is_what_planning_for_the_card_says(card: str, planned: Plan) -> N
     assert (row.fits, row.needed_bytes) == (alone.fits, alone.needed_bytes)
     assert (row.hours, row.kwh) == (alone.hours, alone.kwh)
     assert row.images_per_second == alone.images_per_second
+
+
+def test_a_quick_look_takes_what_was_recorded_for_the_plan(planned: Plan) -> None:
+    """The same memory without another recording; of cards with other kernels another time, which a note says."""
+    plan = plan_recipe(load_recipe("faces32", [*SMALL, "vram=6GB", "price=$0.40/h"]), card="RTX 2060", costs="quick")
+    assert [row.card for row in plan.costs] == [row.card for row in planned.costs]
+    assert {row.card: row.fits for row in plan.costs} == {row.card: row.fits for row in planned.costs}
+    alike = ("GTX 1660 Super", "RTX 2060", "T4")
+    assert [row for row in plan.costs if row.card in alike] == [row for row in planned.costs if row.card in alike]
+    assert any("RTX 2060's kernels" in note and "costs=true" in note for note in plan.notes)
+
+
+def test_cards_that_would_train_in_another_precision_are_left_out_of_a_quick_look() -> None:
+    fp32, bf16, fp16 = (Structure(precision=precision) for precision in ("fp32", "bf16", "fp16"))
+    assert _trains_like(fp16, bf16)
+    assert _trains_like(Structure(triton=True), fp32)
+    assert not _trains_like(fp32, bf16)
+    assert not _trains_like(Structure(attention="xformers"), fp32)
+    notes = list(_on_quick_costs("RTX 4060", bf16, {"RTX 4060": bf16, "P40": fp32}))
+    assert notes == ["costs=true tells of P40 too, which would train in another precision"]
