@@ -11,6 +11,7 @@ PROJECTED = (
     "projection.channels=8",
     "projection.head_channels=16",
     "projection.group=4",
+    "projection.pixels=8",
     "ema.half_life_kimg=2",
     "ema.rampup=0.1",
     "data.builtin_count=40",
@@ -24,6 +25,12 @@ PROJECTED = (
 # A large eps: without it Adam's first steps are the signs of gradients, and rounding decides those near zero. And small
 # steps, so that rounding seldom decides on which side of a hinge or a bend (ReLU6) a number falls.
 CALM = {
-    "stylegan2": ("model.generator=stylegan2", "model.w_dim=16", "optimizer.eps=0.01", "optimizer.lr=0.002"),
+    "stylegan2": (
+        "model.generator=stylegan2",
+        "projection.pixels=0",
+        "model.w_dim=16",
+        "optimizer.eps=0.01",
+        "optimizer.lr=0.002",
+    ),
     "fastgan": ("model.generator=fastgan", "optimizer.eps=0.01", "optimizer.lr=0.00005"),
 }

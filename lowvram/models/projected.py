@@ -3,6 +3,10 @@
 Images go through a frozen network trained on ImageNet; its features at four scales are mixed across channels and across
 scales by random convolutions that never change, and a head at each scale judges them (section 3.2). Only the heads are
 trained. On a GPU the backward of resizing adds in any order (`F.interpolate`): runs agree there up to reordering.
+
+Such features tell little of colours, and normalised heads little of how much images differ: all may come out with one
+skin and one shirt. A fifth map can be the image itself, small, with its spread over a group of samples beside it, as in
+the minibatch standard deviation of arXiv 1710.10196 (section 3); that is ours, not the paper's.
 Legend: B batch, w width of a map, h and w its sides.
 """
 
@@ -31,12 +35,21 @@ class Projection(nn.Module):
         size: pixels a side that images are resized to before the backbone (bilinear).
         half_dtype: of the backbone and the projections; None: fp32. In fp16 gradients are 4096 times larger on their
             way through, for those of an image's pixels would vanish.
+        pixels: a side of the fifth map; 0: there is none. It halves the images' own size once or more, or is it.
+        group: samples whose spread is looked at there, as in `GroupedBatchNorm`; 0: none.
 
-    widths, sizes: channels and pixels a side of the four maps.
+    widths, sizes: channels and pixels a side of the maps.
     """
 
     def __init__(
-        self, backbone: Backbone, *, channels: int = 64, size: int = 224, half_dtype: torch.dtype | None = None
+        self,
+        backbone: Backbone,
+        *,
+        channels: int = 64,
+        size: int = 224,
+        half_dtype: torch.dtype | None = None,
+        pixels: int = 0,
+        group: int = 0,
     ) -> None:
         super().__init__()
         if channels < 8:
@@ -44,16 +57,18 @@ class Projection(nn.Module):
         if size < 32 or size % 32:
             raise LowVRAMError(f"images of {size} pixels don't fit a backbone.", "Use a multiple of 32, such as 96.")
         self._backbone = (backbone,)  # in a tuple, so that neither its weights nor its mode are this module's
-        self.size, self.dtype = size, half_dtype or torch.float32
-        self.widths = widths = tuple(channels * 2**i for i in range(len(backbone.channels)))
-        self.sizes = tuple(size // 2 ** (i + 2) for i in range(len(widths)))
+        self.size, self.dtype, self.pixels, self.group = size, half_dtype or torch.float32, pixels, group
+        widths = tuple(channels * 2**i for i in range(len(backbone.channels)))
+        sizes = tuple(size // 2 ** (i + 2) for i in range(len(widths)))
+        self.widths, self.sizes = (*widths, *[channels] * bool(pixels)), (*sizes, *[pixels] * bool(pixels))
         self.across_channels = nn.ModuleList(
             _random_conv(own, wide, 1) for own, wide in zip(backbone.channels, widths, strict=True)
         )
         self.coarser = nn.ModuleList(_random_conv(wide, fine, 1) for fine, wide in itertools.pairwise(widths))
         self.across_scales = nn.ModuleList(_random_conv(wide, wide, 3) for wide in widths[:-1])
-        self.requires_grad_(False)
         self.to(self.dtype)
+        self.of_pixels = _random_conv(6 if group else 3, channels, 1) if pixels else None
+        self.requires_grad_(False)
         backbone.to(self.dtype)
 
     @property
@@ -62,9 +77,13 @@ class Projection(nn.Module):
         return self._backbone[0]
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Images [B, 3, H, W] in [-1, 1] -> four maps, float32 [B, widths[i], sizes[i], sizes[i]]."""
+        """Images [B, 3, H, W] in [-1, 1] -> four maps, or five, float32 [B, widths[i], sizes[i], sizes[i]].
+
+        The fifth is last; with a group, B must be a multiple of it.
+        """
         if images.shape[1] == 1:
             images = images.expand(-1, 3, -1, -1)
+        small = [] if self.of_pixels is None else [self.of_pixels(self._small(images))]
         if images.shape[-1] != self.size:
             shrinks = images.shape[-1] > self.size
             images = F.interpolate(
@@ -77,7 +96,16 @@ class Projection(nn.Module):
             own = self.across_channels[i](features[i])
             above = F.interpolate(self.coarser[i](mixed[0]), own.shape[2:], mode="bilinear", align_corners=False)
             mixed.insert(0, self.across_scales[i]((own + above) * math.sqrt(0.5)))
-        return [_ScaledGradient.apply(x.float(), scale) for x in mixed]
+        return [*(_ScaledGradient.apply(x.float(), scale) for x in mixed), *small]
+
+    def _small(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] shrunk to `pixels` a side, with the group's standard deviation beside them."""
+        small = F.avg_pool2d(images, images.shape[-1] // self.pixels)
+        if not self.group:
+            return small
+        grouped = in_groups(small, self.group)
+        spread = (grouped.var(0, correction=0) + 1e-4).sqrt().expand_as(grouped).flatten(0, 1)
+        return torch.cat([small, 2 * spread], dim=1)
 
 
 class _ScaledGradient(torch.autograd.Function):
@@ -161,11 +189,20 @@ class Head(nn.Module):
         return logits.float()
 
 
+def in_groups(x: Tensor, group: int) -> Tensor:
+    """[B, C, h, w] -> [group, B / group, C, h, w]: samples n, n + B / group, ... are a group.
+
+    The phases of training cut batches so that groups stay whole. Raises LowVRAMError where B is no multiple of group.
+    """
+    if len(x) % group:
+        raise LowVRAMError(f"{len(x)} samples are not in groups of {group}.", "Give a multiple.")
+    return x.unflatten(0, (group, -1))
+
+
 class GroupedBatchNorm(nn.Module):
     """Batch normalisation over groups of samples, with a scale and a shift for each channel (arXiv 2301.09515, app. A).
 
-    Samples n, n + B / group, ... are normalised together, as the phases of training cut them: so the result is the same
-    in any micro-batch. Nothing is kept from one forward to the next.
+    The result is the same in any micro-batch, see `in_groups`. Nothing is kept from one forward to the next.
     """
 
     def __init__(self, channels: int, group: int) -> None:
@@ -176,9 +213,7 @@ class GroupedBatchNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, h, w] -> the same. Raises LowVRAMError where B is no multiple of the group."""
-        if len(x) % self.group:
-            raise LowVRAMError(f"{len(x)} samples are not in groups of {self.group}.", "Give a multiple.")
-        grouped = x.float().unflatten(0, (self.group, -1))  # [group, B / group, C, h, w]
+        grouped = in_groups(x.float(), self.group)
         variance, mean = torch.var_mean(grouped, dim=(0, 3, 4), keepdim=True, correction=0)
         scale = self.weight[:, None, None] * (variance + 1e-5).rsqrt()
         return ((grouped - mean) * scale + self.bias[:, None, None]).flatten(0, 1).to(x.dtype)

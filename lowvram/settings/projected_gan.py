@@ -36,6 +36,7 @@ class ProjectionSettings:
     channels: int
     head_channels: int
     group: int
+    pixels: int = 0
 
     def __post_init__(self) -> None:
         if self.backbone_weights is not None and self.backbone.startswith("efficientnet_lite"):
@@ -47,6 +48,7 @@ class ProjectionSettings:
         at_least("projection.channels", self.channels, 8)
         at_least("projection.head_channels", self.head_channels, 8)
         at_least("projection.group", self.group, 0)
+        at_least("projection.pixels", self.pixels, 0)
         if self.size is not None and (self.size < 32 or self.size % 32):
             low = max(32, self.size // 32 * 32)
             raise LowVRAMError(
@@ -92,6 +94,12 @@ class ProjectedGanSettings(GanSettings):
                 f"Leave {unused[0]} out, or use model.generator=stylegan2.",
             )
         super().__post_init__()
+        pixels = self.projection.pixels
+        if pixels and (pixels < 8 or self.resolution % pixels):
+            raise LowVRAMError(
+                f"projection.pixels={pixels} is not the resolution of {self.resolution}, or that halved to 8 at least.",
+                f"Use projection.pixels={min(16, self.resolution)}, or 0 for no such head.",
+            )
 
     def phase_group(self, phase: str) -> int:
         return max(1, self.projection.group)

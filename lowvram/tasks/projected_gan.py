@@ -119,7 +119,8 @@ class ProjectedGanTask(GanTask):
     def _features(self, images: Tensor, maps: list[Tensor]) -> Tensor:
         """What signs of trouble are read from, [b, D]: the deepest map; or, as augmented images differ also where those
         behind them are all the same, small pixels."""
-        return maps[-1].mean((2, 3)) if self.augment is None else small_pixels(images)
+        deepest = maps[len(self.projection.backbone.channels) - 1]
+        return deepest.mean((2, 3)) if self.augment is None else small_pixels(images)
 
     def _fakes(self, micro: MicroBatch) -> tuple[Tensor, Tensor | None, Tensor]:
         """Images [b, C, H, W], labels [b, c_dim] or None, and what the mapping gave, for the seeds of a micro-batch."""
@@ -179,7 +180,12 @@ class ProjectedGanTask(GanTask):
         self._fingerprint = torch.stack([torch.stack(sums).sum(), sums[0]])  # tells one backbone from another
         backbone.to(self.device)
         projection = Projection(
-            backbone, channels=chosen.channels, size=self.settings.feature_size, half_dtype=self._half_dtype()
+            backbone,
+            channels=chosen.channels,
+            size=self.settings.feature_size,
+            half_dtype=self._half_dtype(),
+            pixels=chosen.pixels,
+            group=chosen.group,
         )
         return projection.to(self.device)
 

@@ -98,6 +98,38 @@ def test_spectral_norm_is_torch_s_and_moves_once_an_update() -> None:
     assert not torch.equal(ours(x), first)
 
 
+def test_a_fifth_map_is_of_colours_and_of_how_they_differ(backbone: backbones.Backbone) -> None:
+    projection = Projection(backbone, channels=8, size=64, pixels=8, group=4)
+    assert (projection.widths, projection.sizes) == ((8, 16, 32, 64, 8), (16, 8, 4, 2, 8))
+    assert projection.of_pixels is not None
+    x = images(8)
+    seen: list[Tensor] = []
+    projection.of_pixels.register_forward_hook(lambda _, given, __: seen.append(given[0]))
+    whole = projection(x)[-1]
+    assert tuple(whole.shape) == (8, 8, 8, 8)
+    small, spread = seen[0].split(3, dim=1)
+    torch.testing.assert_close(small, F.avg_pool2d(x, 4))
+    of_evens = small[::2].std(0, correction=0)  # samples n, n + B / group, ...
+    torch.testing.assert_close(spread[0], 2 * of_evens, atol=1e-2, rtol=1e-3)
+    torch.testing.assert_close(spread[0], spread[6])
+    # The same in a micro-batch that a phase cuts, and none where all are alike.
+    torch.testing.assert_close(projection(x[1::2])[-1], whole[1::2])
+    projection(x[:1].expand(4, -1, -1, -1))
+    assert seen[-1][:, 3:].max() < 0.03
+    with pytest.raises(LowVRAMError, match="groups of 4"):
+        projection(images(6))
+
+
+def test_a_fifth_map_without_groups_is_the_image_alone(backbone: backbones.Backbone) -> None:
+    projection = Projection(backbone, channels=8, size=64, pixels=32, half_dtype=torch.bfloat16)
+    x = images(3)
+    fifth = projection(x)[-1]
+    assert fifth.dtype == torch.float32
+    torch.testing.assert_close(projection(x[:1])[-1], fifth[:1])
+    assert projection.of_pixels is not None
+    torch.testing.assert_close(fifth, F.conv2d(x, projection.of_pixels.weight))  # type: ignore[arg-type]
+
+
 def test_groups_are_normalised_as_batches_and_in_any_micro_batch() -> None:
     norm = GroupedBatchNorm(5, 4)
     nn.init.normal_(norm.weight)
