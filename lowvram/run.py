@@ -5,7 +5,6 @@ metrics.jsonl        one JSON object a line
 receipt.json         what it took, and on whose machines (see lowvram.receipt.ledger); stands_on.json: the same of a run
                      that it stands on (see lowvram.receipt.stands_on)
 plan.json, plan.png  how the training was made to fit the card, where it was planned
-receipt.json         what each session took (see lowvram.receipt)
 report.html          the run's page; about.json: versions, data and state of each session (see lowvram.pages)
 metrics/             what lowvram.evaluate found
 reals.png            images of the data set

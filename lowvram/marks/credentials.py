@@ -100,7 +100,7 @@ def _add_parent(builder: Any, parent: Path) -> None:
 
     try:
         with Image.open(parent) as image:
-            kind = image.get_format_mimetype()
+            kind = "image/jpeg" if image.format == "MPO" else image.get_format_mimetype()  # a JPEG with more behind it
         with parent.open("rb") as file:
             builder.add_ingredient(_PARENT, kind, file)
     except (OSError, _library().C2paError) as error:

@@ -1,6 +1,7 @@
 """Some frames of a stranger's film, in which a watermark is looked for: few, and in bounded time and memory."""
 
 import os
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,18 +14,29 @@ if TYPE_CHECKING:
 MOST = 4  # that are looked at; more of a walk's, which are much alike, add little
 MOST_PIXELS = 100_000_000  # of all that are looked at
 _MOST_DECODED = 500_000_000  # pixels until the last of them: some seconds
+_MOST_SECONDS = 20.0  # of an MP4
 _LEAST_COUNTED = 2**16  # pixels of a frame, as what each costs that is nearly empty
 
 
 def of_image(image: Any) -> "list[NDArray[np.uint8]]":
-    """Of an image that Pillow opened, animated or not: uint8 [H, W, 3] each. Raises what a decoder does."""
+    """Of an image that Pillow opened, animated or not: uint8 [H, W, 3] each, as many as can be decoded.
+
+    Raises what a decoder does at the first.
+    """
     import numpy as np
 
-    frames = []
-    for index in _places(getattr(image, "n_frames", 1), image.width * image.height):
-        if index:
+    frames = [np.asarray(image.convert("RGB"))]
+    # A JPEG's further pictures (MPO) are previews and gain maps.
+    count = getattr(image, "n_frames", 1) if image.format in ("PNG", "WEBP") else 1
+    for index in _places(count, image.width * image.height)[1:]:
+        try:
             image.seek(index)
-        frames.append(np.asarray(image.convert("RGB")))
+            frame = np.asarray(image.convert("RGB"))
+        except Exception:  # decoders fail in ways of their own
+            break
+        if frame.shape != frames[0].shape:
+            break
+        frames.append(frame)
     return frames
 
 
@@ -33,7 +45,7 @@ def of_mp4(path: Path) -> "list[NDArray[np.uint8]]":
 
     Raises:
         LowVRAMError: OpenCV is missing.
-        ValueError: nothing can be decoded, or frames are too large.
+        ValueError: nothing can be decoded, frames are too large, or OpenCV can't be told the file's name.
     """
     import numpy as np
 
@@ -41,8 +53,14 @@ def of_mp4(path: Path) -> "list[NDArray[np.uint8]]":
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
     cv2 = load("cv2", "a film's watermark", 'Install it with pip install "lowvram[watermark]".')
     # By its whole path a file is never taken for an address on the network.
+    name = str(path.resolve())
+    try:
+        name.encode()
+    except UnicodeEncodeError:  # OpenCV dies of one
+        raise ValueError("not looked for in a film whose name is not UTF-8") from None
     level = cv2.utils.logging.setLogLevel(0)
-    capture = cv2.VideoCapture(str(path.resolve()), cv2.CAP_FFMPEG)
+    capture = cv2.VideoCapture(name, cv2.CAP_FFMPEG)
+    until = time.monotonic() + _MOST_SECONDS  # frames may be larger than the file says
     try:
         width, height, count = (
             int(capture.get(name))
@@ -53,7 +71,7 @@ def of_mp4(path: Path) -> "list[NDArray[np.uint8]]":
         frames: list[NDArray[np.uint8]] = []
         at = 0
         for index in _places(max(count, 1), max(width * height, 1)):
-            while at < index and capture.grab():
+            while at < index and time.monotonic() < until and capture.grab():
                 at += 1
             read, frame = capture.read()
             at += 1

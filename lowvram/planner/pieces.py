@@ -146,6 +146,8 @@ class _Bench:
             raise
 
     def close(self) -> None:
+        if self._tracer is None:
+            return
         self._structure, self._tracer = None, None
         self._stack.close()
         if self._freezes:

@@ -54,16 +54,17 @@ _NEVER = frozenset(
 
 
 @cache
-def _eligible(func: Any) -> bool:
-    name = func._overloadpacket.__name__
-    if func.namespace != "aten" or name in _NEVER:
-        return False
-    if func in op_implementations_dict and name not in _PLAIN:
-        return False
+def _usual(func: Any) -> bool:
+    """Whether the form of what an operation gives is told by the form of what it is given."""
     unusual = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.inplace_view)
-    if any(tag in func.tags for tag in unusual):
+    if func.namespace != "aten" or func._overloadpacket.__name__ in _NEVER or any(t in func.tags for t in unusual):
         return False
-    if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+    return not torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+
+
+@cache
+def _eligible(func: Any) -> bool:
+    if not _usual(func) or (func in op_implementations_dict and func._overloadpacket.__name__ not in _PLAIN):
         return False
     return bool(torch._C._dispatch_has_computed_kernel_for_dispatch_key(func.name(), "Meta"))
 
@@ -82,7 +83,9 @@ class QuickFakes:
     def __call__(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """The result of an operation; any on other tensors than plainly fake ones are left to the mode."""
         sort = _sort(func)
-        key = None if sort is None else _key(func, args, kwargs)
+        # What makes tensors of nothing makes real ones where the mode is put aside.
+        fake = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is self._mode
+        key = _key(func, args, kwargs) if sort is not None and fake else None
         if key is None:
             return self._run(func, args, kwargs)
         known = self._known.get(key)
@@ -200,11 +203,7 @@ class _Made(_Result):
 @cache
 def _sort(func: Any) -> "_Written | type[_Made] | None":
     """Whether an operation returns new tensors, or an argument that it writes into; None: something else."""
-    name = func._overloadpacket.__name__
-    unusual = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.inplace_view)
-    if func.namespace != "aten" or name in _NEVER or any(tag in func.tags for tag in unusual):
-        return None
-    if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+    if not _usual(func):
         return None
     aliases = [(i, a) for i, a in enumerate(func._schema.arguments) if a.alias_info is not None]
     returned = [r.alias_info is not None for r in func._schema.returns]
@@ -222,7 +221,7 @@ def _key(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         named = tuple([(name, _described(value)) for name, value in kwargs.items()]) if kwargs else ()
     except _NotPlain:
         return None
-    return func, plain, named
+    return func, plain, named, torch.get_default_dtype()
 
 
 class _NotPlain(Exception):
@@ -234,7 +233,7 @@ def _described(value: Any) -> Any:
     if kind is FakeTensor:
         if value.constant is not None:
             raise _NotPlain
-        return value.shape, value.stride(), value.dtype
+        return value.shape, value.stride(), value.dtype, value.fake_device
     if kind in _PLAIN_TYPES:
         return kind, value
     if kind is list or kind is tuple:

@@ -63,9 +63,10 @@ class GanOptimizerSettings:
     eps: float
 
     def __post_init__(self) -> None:
-        for name in ("lr", "eps") + (("lr_d",) if self.lr_d is not None else ()):
-            if getattr(self, name) <= 0:
-                raise LowVRAMError(f"optimizer.{name}={getattr(self, name)} must be above 0.", "A usual lr is 0.0025.")
+        for name, usual in (("lr", "0.0025"), ("eps", "1e-8"), ("lr_d", "0.0025, or null for that of lr")):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise LowVRAMError(f"optimizer.{name}={value} must be above 0.", f"Use {usual}.")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise LowVRAMError(f"optimizer.{name}={getattr(self, name)} must lie in [0, 1).", "Use 0 and 0.99.")

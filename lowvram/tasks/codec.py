@@ -46,6 +46,8 @@ _ENCODED_PIXELS = 1024  # images to this size are encoded whole: each tile would
 _LARGER = 9 / 8  # several crops are cut from pictures so much larger
 _KERNELS = 1.25  # with the workspace of convolutions, and what the allocator rounds up
 
+_NO_HOST_MEMORY = "can't allocate memory"  # of torch's allocator for CPUs, whose error has no type of its own
+
 _log = logging.getLogger(__name__)
 
 
@@ -73,7 +75,7 @@ class Codec:
         torch.cuda.empty_cache()
         return torch.cat([self.encode(half, device) for half in images.chunk(2)])
 
-    def decode(self, z: Tensor, device: torch.device, micro_batch: int, *, reserve: bool = True) -> Tensor:
+    def decode(self, z: Tensor, device: torch.device, micro_batch: int, *, whole: bool = True) -> Tensor:
         """Scaled latents [n, C, h, w] -> uint8 images [n, 3, H, W] on the CPU; the autoencoder is moved for it.
 
         Images larger than a tile are decoded whole where memory suffices, else in tiles, whose norms differ a little;
@@ -81,7 +83,7 @@ class Codec:
 
         micro_batch: images at a time, at most, and no more than have the pixels of a tile: the decoder's activations
         at full resolution are larger than anything that the denoiser needs.
-        reserve: take what the card has left, not only what torch holds of it already.
+        whole: whether images larger than a tile may be; otherwise they come in tiles however much memory there is.
         """
         pixels = z.shape[2] * z.shape[3] * self.autoencoder.factor**2
         micro_batch = max(1, min(micro_batch, TILE_PIXELS**2 // pixels))
@@ -89,7 +91,7 @@ class Codec:
             z = z[:micro_batch]
         out = []
         with torch.no_grad(), on_device(self.autoencoder, device):
-            whole = self._decodes_whole(z[:micro_batch], device, reserve)
+            whole = whole and self._decodes_whole(z[:micro_batch], device)
             for part in z.split(micro_batch):
                 latents = self.autoencoder.unscale(part.to(device))
                 images = self._whole(latents) if whole else None
@@ -99,13 +101,13 @@ class Codec:
                 out.append(to_pixels(images).cpu())
         return torch.cat(out)
 
-    def _decodes_whole(self, z: Tensor, device: torch.device, reserve: bool) -> bool:
+    def _decodes_whole(self, z: Tensor, device: torch.device) -> bool:
         """Whether latents of more than a tile [b, C, h, w] are decoded whole; smaller ones are anyway."""
         height, width = z.shape[2:]
         if standin.active() or max(height, width) * self.autoencoder.factor <= TILE_PIXELS:
             return False
         needed = _KERNELS * len(z) * self.autoencoder.decoding_bytes(height, width)
-        room = _room_bytes(device, reserve)
+        room = _room_bytes(device)
         if needed > room:
             self._say_tiles(z, f"whole it takes {needed / 2**30:.1f} GiB, and {room / 2**30:.1f} are free")
         return needed <= room
@@ -114,7 +116,9 @@ class Codec:
         """Unscaled latents decoded whole; None where memory runs out all the same."""
         try:
             return decode_safely(self.autoencoder, latents)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError) and _NO_HOST_MEMORY not in str(error):
+                raise
             self._say_tiles(latents, "out of memory when it was tried whole")
         if latents.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -142,17 +146,14 @@ class Codec:
         self.scaled = True
 
 
-def _room_bytes(device: torch.device, reserve: bool) -> int:
-    """Memory for activations: what is free on the host; of a card, within the bound on this process. See `decode`."""
+def _room_bytes(device: torch.device) -> int:
+    """Memory for activations: half of what is free on the host; of a card, within the bound on this process."""
     if device.type != "cuda":
-        return int(psutil.virtual_memory().available)
+        return int(psutil.virtual_memory().available) // 2
     held = torch.cuda.memory_reserved(device)
-    room = held - torch.cuda.memory_allocated(device)
-    if reserve:
-        free, total = torch.cuda.mem_get_info(device)
-        bound = int(torch.cuda.get_per_process_memory_fraction(device) * total)
-        room += max(0, min(free, bound - held))
-    return room
+    free, total = torch.cuda.mem_get_info(device)
+    bound = int(torch.cuda.get_per_process_memory_fraction(device) * total)
+    return held - torch.cuda.memory_allocated(device) + max(0, min(free, bound - held))
 
 
 # Where it comes from.
@@ -278,11 +279,16 @@ def _of_run(folder: Path) -> Codec:
     path = run.find_checkpoint()
     saved = checkpoints.read(path, only=task.sampling_networks)
     task.average.load_state_dict(saved.tensors["autoencoder_ema"])
+    try:
+        receipt = Receipt.read(folder)
+    except LowVRAMError as error:  # no reason not to train or sample
+        _log.warning("what %s took is not known: %s", folder, error.problem)
+        receipt = None
     of_run = StandsOn(
         run=shown(folder.absolute().name),
         recipe=shown(run.settings.recipe),
         checkpoint=digests.of_checkpoint(path, task.sampling_networks),
-        receipt=_known(lambda: Receipt.read(folder)) or Receipt(),
+        receipt=receipt or Receipt(),
     )
     return Codec(autoencoder=task.average, scaled=False, of_run=of_run)
 
@@ -339,9 +345,9 @@ def _config_of(path: Path) -> Path | None:
 def write_beside(codec: Codec, folder: Path) -> None:
     """Copy it into a run's folder, where there is none yet, and what is known of the run that trained it."""
     if not (folder / BESIDE / "config.json").is_file():
-        save(codec.autoencoder, folder / BESIDE)
-        if codec.of_run is not None:
+        if codec.of_run is not None:  # first: the copy, which is written in any case, tells that all is there
             codec.of_run.write(folder)
+        save(codec.autoencoder, folder / BESIDE)
 
 
 # The latents of a data set.

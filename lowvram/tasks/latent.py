@@ -225,8 +225,8 @@ class LatentTask(Task):
         return torch.where(anew, self._decoded(z, sampler), init)
 
     def _decoded(self, z: Tensor, sampler: LatentSampler) -> Tensor:
-        """Images of latents; in a training from no more memory than its steps take, which is what was planned."""
-        return self.codec.decode(z, self.device, sampler.micro_batch, reserve=not self.in_training)
+        """Images of latents; in a training large ones in tiles, which is what was planned."""
+        return self.codec.decode(z, self.device, sampler.micro_batch, whole=not self.in_training)
 
     def interpolate(
         self,

@@ -134,7 +134,7 @@ class Signs:
             self.say(f"warning: {message}")
 
     def resident(self) -> list[Tensor]:
-        """What is on the device between steps."""
+        """What is on the device between steps: the means too, once there are any."""
         return [self._right, self._slow, *self._moments.values()]
 
     # Checkpoints.

@@ -1,5 +1,9 @@
 """Frames of films: which are looked at, and that a watermark in them is found."""
 
+import os
+import subprocess
+import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -90,9 +94,7 @@ def test_how_far_into_a_film_one_looks(count: int, pixels: int, places: list[int
     assert frames._places(count, pixels) == places
 
 
-def test_a_film_that_is_broken_or_of_too_many_pixels_is_said(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_film_that_is_broken_or_of_too_many_pixels_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = written(walk(marked=False), tmp_path / "a.mp4").read_bytes()
     (tmp_path / "cut.mp4").write_bytes(whole[: len(whole) // 2])
     assert "watermark: no frame can be decoded" in look_into(tmp_path / "cut.mp4").notes
@@ -100,4 +102,42 @@ def test_a_film_that_is_broken_or_of_too_many_pixels_is_said(
     assert "watermark: not looked for in 256x256 pixels" in look_into(tmp_path / "a.mp4").notes
     monkeypatch.setitem(__import__("sys").modules, "cv2", None)
     assert any("not looked for; that needs pip install" in note for note in look_into(tmp_path / "a.mp4").notes)
-    assert capfd.readouterr().err == ""
+
+
+def test_nothing_else_is_said_of_a_broken_film(tmp_path: Path) -> None:
+    """In a process of its own: libraries read how much they are to say when they are loaded."""
+    whole = written(walk(marked=False), tmp_path / "a.mp4").read_bytes()
+    (tmp_path / "cut.mp4").write_bytes(whole[: len(whole) // 2])
+    command = [sys.executable, "-m", "lowvram.identify", str(tmp_path / "cut.mp4")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "no frame can be decoded" in done.stdout
+    assert done.stderr == ""
+
+
+def test_names_that_are_not_utf8_end_nothing(tmp_path: Path) -> None:
+    film = written(walk(marked=False), tmp_path / "a.mp4")
+    other = Path(os.fsdecode(os.fsencode(tmp_path) + b"/f\xff.mp4"))
+    try:
+        film.rename(other)
+    except OSError:
+        pytest.skip("this file system takes no such names")
+    assert "watermark: not looked for in a film whose name is not UTF-8" in look_into(other).notes
+
+
+def test_a_jpeg_with_a_smaller_picture_behind_it_is_looked_at_alone(tmp_path: Path) -> None:
+    marked, small = (Image.fromarray(frame) for frame in (walk(1, 512, marked=True)[0], walk(1, 64, marked=False)[0]))
+    marked.save(tmp_path / "two.jpg", format="MPO", save_all=True, append_images=[small], quality=95)
+    found = look_into(tmp_path / "two.jpg")
+    assert found.watermark is not None and found.watermark.frames == 1 and not found.notes
+
+
+def test_a_broken_frame_hides_no_mark_of_the_first(tmp_path: Path) -> None:
+    first, *rest = (Image.fromarray(frame) for frame in walk(2, 512, marked=True))
+    first.save(tmp_path / "a.png", save_all=True, append_images=rest)
+    data = bytearray((tmp_path / "a.png").read_bytes())
+    at = data.index(b"acTL")
+    data[at + 4 : at + 8] = (50).to_bytes(4, "big")  # frames that are not there
+    data[at + 12 : at + 16] = zlib.crc32(data[at : at + 12]).to_bytes(4, "big")
+    (tmp_path / "b.png").write_bytes(data)
+    found = look_into(tmp_path / "b.png").watermark
+    assert found is not None and found.found

@@ -332,7 +332,7 @@ SMALL_BYTES = 256  # numbers from Python, and seeds: on a card they are the host
 # The mean that torch's mse_loss returns, a single number, keeps the memory of all squares; its fake one does not.
 MEAN_BYTES = {"UNet, recomputed": 4 * 8 * 3 * 16 * 16}
 # Of a peak of a few MB: oneDNN's reordered weights, 0.15 with AVX-512, 0.5 with AVX2; on a card cuDNN's, planned apart.
-WORKSPACE = 0.6
+WORKSPACE = 0.15 if "AVX512" in torch.backends.cpu.get_cpu_capability() else 0.6
 
 
 LONG = ("StyleGAN2", "StyleGAN2, augmented", "StyleGAN2, recomputed", "UNet, recomputed")

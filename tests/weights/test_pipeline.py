@@ -160,7 +160,7 @@ def test_second_text_encoder_is_that_of_diffusers(folders: dict[str, Path], file
     network = networks(pipeline)["text_encoder_2"].eval()
     pipeline.load("text_encoder_2", network)
     other = transformers.CLIPTextModelWithProjection.from_pretrained(folders["sdxl"] / "text_encoder_2").eval()
-    assert torch.equal(network(ids).text_embeds, other(ids).text_embeds)
+    torch.testing.assert_close(network(ids).text_embeds, other(ids).text_embeds)  # where memory lies decides last bits
 
 
 # The published sizes, on the meta device, against diffusers' conversions.
