@@ -118,8 +118,8 @@ def test_a_step_is_that_of_fp64(name: str, dtype: torch.dtype, impl: Any) -> Non
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", RULES)
 def test_both_ways_agree_to_the_bit(name: str, dtype: torch.dtype) -> None:
-    """But for the last bit of a root, which PyTorch's library for CPUs may round otherwise, and of products and sums that
-    its AVX2 code fuses otherwise."""
+    """But for the last bit of a root, which PyTorch's library for CPUs may round otherwise, and of what its AVX2 code
+    fuses otherwise."""
     differ = 0.0 if "AVX512" in torch.backends.cpu.get_cpu_capability() else 2e-2
     how = rule(**RULES[name])
     one, other = slots(how, dtype=dtype), slots(how, dtype=dtype)
