@@ -73,7 +73,7 @@ def test_what_identify_states_is_what_was_measured() -> None:
     assert f"no false alarm in {pictures:,} pictures ({sizes} of them in five sizes)" in watermark.MEASURED
     assert f"{chance} in {patterns:,} by chance" in watermark.MEASURED
     number = sum(details["pictures"] for details in films)
-    assert f"no false alarm in {number} films in four sizes" in watermark.MEASURED_FILMS
+    assert f"no false alarm in {number} MP4s of 256 pixels in four sizes" in watermark.MEASURED_FILMS
     chance = sum(details["random_found"] for details in films)
     patterns = sum(details["random_patterns"] for details in films)
     assert f"{chance} in {patterns:,} by chance" in watermark.MEASURED_FILMS

@@ -133,7 +133,7 @@ def test_what_is_found_is_told_with_its_certainty() -> None:
     (line,) = describe(Found(watermark=Reading(score=7.5, size=(512, 256))))
     assert "7.5 of 8 standard deviations at 512x256" in line and "no false alarm in" in line
     (line,) = describe(Found(watermark=Reading(score=7.5, size=(512, 256), frames=4)))
-    assert "at 512x256 in 4 frames together; measured: no false alarm in 80 films" in line
+    assert "at 512x256 in 4 frames together; measured: no false alarm in 80 MP4s" in line
     signed = Credentials(issuer="A painter", tool="lowvram 1", source=GENERATED, faults=(), trusted=False)
     (line,) = describe(Found(credentials=signed))
     assert "signed by A painter" in line and "hold, the issuer is checked against no trust list" in line
