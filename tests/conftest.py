@@ -30,6 +30,18 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with pictures/ and sd1/, a tiny pipeline of Stable Diffusion 1.x, to fine-tune."""
+    from tiny_fine_tuning import make_pictures
+    from tiny_pipelines import make_pipeline
+
+    home = tmp_path_factory.mktemp("home")
+    make_pictures(home / "pictures")
+    make_pipeline(home / "sd1", "sd1")
+    return home
+
+
 @pytest.fixture
 def tiny(tmp_path: Path) -> Callable[..., object]:
     """tiny("batch=16", ...) is a recipe of all four phases and ADA that takes some 50 ms a step."""

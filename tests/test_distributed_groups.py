@@ -8,8 +8,7 @@ import pytest
 from commands import run
 from safetensors.torch import load_file
 from test_distributed import launch, losses
-from tiny_fine_tuning import CALM, TINY, make_pictures
-from tiny_pipelines import make_pipeline
+from tiny_fine_tuning import CALM, TINY
 from torch import Tensor
 
 from lowvram import checkpoint
@@ -19,14 +18,6 @@ WORDS = (
     *("text.train=true", "text.lr=0.002", "optimizer.clip_norm=0.5", "optimizer.schedule=linear"),
 )
 RECIPES = {"lora": ("recipe=sd15_lora", "lora.rank=2", "lora.dropout=0.2"), "full": ("recipe=sd15_finetune",)}
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    home = tmp_path_factory.mktemp("home")
-    make_pictures(home / "pictures")
-    make_pipeline(home / "sd1", "sd1")
-    return home
 
 
 @pytest.fixture(scope="module")

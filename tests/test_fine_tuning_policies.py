@@ -10,7 +10,7 @@ import pytest
 import torch
 from faults import Fault
 from safetensors.torch import load_file
-from tiny_fine_tuning import CALM, batches, largest_difference, make_pictures, networks, run_task, trainer_for
+from tiny_fine_tuning import CALM, batches, largest_difference, networks, run_task, trainer_for
 from tiny_pipelines import make_pipeline
 from torch import Tensor
 
@@ -25,14 +25,6 @@ RECIPES: dict[str, tuple[str, ...]] = {
     "textual_inversion": ("sd15_textual_inversion", *WORD, "ema.enabled=true"),
     "full": ("sd15_finetune", "ema.enabled=true", "optimizer.schedule=cosine"),
 }
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    home = tmp_path_factory.mktemp("home")
-    make_pictures(home / "pictures")
-    make_pipeline(home / "sd1", "sd1")
-    return home
 
 
 def trainer(home: Path, out: Path, recipe: str, *words: str) -> Any:

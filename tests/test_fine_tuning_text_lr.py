@@ -7,22 +7,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_fine_tuning import CALM, batches, largest_difference, make_pictures, networks, trainer_for
-from tiny_pipelines import make_pipeline
+from tiny_fine_tuning import CALM, batches, largest_difference, networks, trainer_for
 from torch import Tensor
 
 from lowvram import checkpoint
 
 TRAINED = ("text.train=true", "optimizer.clip_norm=null", "loss.condition_dropout=0")
 LORA = ("sd15_lora", "lora.rank=2", *TRAINED)
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    home = tmp_path_factory.mktemp("home")
-    make_pictures(home / "pictures")
-    make_pipeline(home / "sd1", "sd1")
-    return home
 
 
 def trainer(home: Path, out: Path, recipe: str, *words: str) -> Any:

@@ -101,6 +101,18 @@ class Totals:
         return self.images / self.kwh if self.kwh > 0 else None
 
 
+def object_of(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of 32 MiB at most. Raises OSError, ValueError or RecursionError for another."""
+    if not path.is_file():  # of a pipe, reading would never end
+        raise ValueError("is no file")
+    if path.stat().st_size > _MOST_BYTES:
+        raise ValueError(f"has more than {_MOST_BYTES} bytes")
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError("is no object")
+    return content
+
+
 @dataclass(frozen=True)
 class Receipt:
     """The sessions of a run, in the order of their begin."""
@@ -118,12 +130,8 @@ class Receipt:
         if not path.exists():
             return cls()
         try:
-            if not path.is_file():  # of a pipe, reading would never end
-                raise ValueError("is no file")
-            if path.stat().st_size > _MOST_BYTES:
-                raise ValueError(f"has more than {_MOST_BYTES} bytes")
-            content = json.loads(path.read_text(encoding="utf-8"))
-            if not isinstance(content, dict) or content.get("version") != _VERSION:
+            content = object_of(path)
+            if content.get("version") != _VERSION:
                 raise ValueError(f"is not of version {_VERSION}")
             return cls.of(content.get("sessions"))
         except (OSError, ValueError, RecursionError) as error:

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from lowvram.errors import LowVRAMError
-from lowvram.receipt.ledger import Receipt
+from lowvram.receipt.ledger import Receipt, object_of
 
 NAME = "stands_on.json"
-_MOST_BYTES = 32 * 2**20
 _MOST_TEXT = 200
 
 
@@ -39,13 +38,9 @@ class StandsOn:
         if not path.exists():
             return None
         try:
-            if path.is_symlink() or not path.is_file():  # of a pipe, reading would never end
+            if path.is_symlink():
                 raise ValueError("is no file")
-            if path.stat().st_size > _MOST_BYTES:
-                raise ValueError(f"has more than {_MOST_BYTES} bytes")
-            content = json.loads(path.read_text(encoding="utf-8"))
-            if not isinstance(content, dict):
-                raise ValueError("is no object")
+            content = object_of(path)
             texts = {item.name: _text(content, item.name) for item in fields(cls) if item.name != "receipt"}
             return cls(**texts, receipt=Receipt.of(content.get("sessions")))
         except (OSError, ValueError, RecursionError) as error:
