@@ -187,6 +187,29 @@ def conv2d() -> list[Case]:
     return [case(64, 256, HALF), case(512, 32, HALF), case(512, 16, WIDE)]
 
 
+def weight_gradient() -> list[Case]:
+    """Convolutions of which the weight alone is trained: of a kind of its own on CPUs without AVX-512."""
+    from lowvram.kernels import conv2d as module
+
+    return [
+        Case(
+            kernel="weight_gradient",
+            name=f"of a convolution [B, {channels}, {size}, {size}]",
+            recipe="faces64",
+            shapes=lambda n, c=channels, s=size: {"x": (n, c, s, s), "w": (c, c, 3, 3)},
+            batch=4,
+            ours=lambda i, impl: module.conv2d(i["x"], i["w"], padding=1, impl=impl),
+            plain=lambda i: module.plain(i["x"], i["w"], None, 1, 1),
+            dtype=WIDE,
+            constant=("x",),
+            channels_last=True,
+            element_wise=False,
+            tf32=True,
+        )
+        for channels, size in ((128, 64), (512, 16))
+    ]
+
+
 def kernel_energy() -> list[Case]:
     """The norms of kernels, of which demodulation is made: no batch in it."""
     from lowvram.kernels import modulated_conv as module
@@ -391,6 +414,7 @@ CASES: dict[str, Callable[[], list[Case]]] = {
     "bias_act": bias_act,
     "upfirdn2d": upfirdn2d,
     "conv2d": conv2d,
+    "weight_gradient": weight_gradient,
     "kernel_energy": kernel_energy,
     "group_norm_silu": group_norm_silu,
     "rms_norm": rms_norm,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lowvram.kernels import weight_gradient as by_products
 from lowvram.kernels.dispatch import Impl, runs_triton
 from lowvram.kernels.modulated_conv import fits_triton, modulate, modulate_backward
 
@@ -134,6 +135,8 @@ class _WeightGrad(torch.autograd.Function):
         ctx.geometry, ctx.triton = geometry, triton
         ctx.save_for_backward(dy, x)
         kernel, stride, padding, _, _, groups = geometry
+        if by_products.suits(dy, x, groups):
+            return by_products.weight_gradient(dy, x, kernel, stride, padding)
         w = dy.new_empty(dy.shape[1], x.shape[1] // groups, kernel, kernel)  # only its shape is read
         return torch.ops.aten.convolution_backward(
             dy, x, w, None, [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], groups, [False, True, False]
