@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from benchmarks import record, sweep
-from benchmarks.peers.diffusers_unet import ours, theirs
+from benchmarks.peers.diffusers_unet import theirs
+from benchmarks.peers.recipe_step import ours
 from benchmarks.peers.side import Step
 from benchmarks.points import size
 from lowvram import load_recipe
@@ -60,7 +61,9 @@ def seconds(step: Step, device: torch.device) -> float:
 def compare(settings: DiffusionSettings, overrides: list[str], *, steps: int) -> list[dict[str, Any]]:
     """A point (`record.point`) for each, timed in turn, and their peaks, each measured with the other out of memory."""
     device = pick_device(settings.device)
-    kinds: dict[str, Callable[[DiffusionSettings, torch.device], Step]] = {"ours": ours}
+    kinds: dict[str, Callable[[DiffusionSettings, torch.device], Step]] = {
+        "ours": lambda settings, device: ours(settings, "denoiser", device)
+    }
     if settings.network == "unet" and settings.condition == "none":
         kinds["diffusers"] = theirs
     peaks: dict[str, tuple[int, int | None]] = {}

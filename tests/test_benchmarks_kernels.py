@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,12 @@ from benchmarks import kernel_cases, kernels, record, timing
 from benchmarks.kernel_cases import Case
 from benchmarks.kernels import Measured, Result
 from benchmarks.peers import __main__ as peers
-from benchmarks.peers import networks, optimizers, side
+from benchmarks.peers import networks, optimizers, plain_stylegan2, recipe_step, side
 from benchmarks.peers.side import Peer, Step
 from benchmarks.short_training import point as training_point
+from lowvram import load_recipe
+from lowvram.models import stylegan2
+from lowvram.settings import StyleGAN2Settings
 
 CPU = torch.device("cpu")
 MIB = 2**20
@@ -235,3 +239,35 @@ def test_the_check_wants_a_gpu_or_a_rehearsal(tmp_path: Path) -> None:
     assert check(tmp_path, "--rehearse", "--only", "kernel_tests", kind="cpu").returncode == 0
     assert check(tmp_path, "--only", "nothing").returncode == 64
     assert check(tmp_path, "--wrong").returncode == 64
+
+
+def test_plain_stylegan2_computes_what_ours_does() -> None:
+    """Or else it is another work that is compared."""
+    torch.manual_seed(0)
+    g = stylegan2.Generator(16, z_dim=8, w_dim=8, mapping_layers=2, channel_base=128, channel_max=16)
+    d = stylegan2.Discriminator(16, channel_base=128, channel_max=16)
+    for parameter in (*g.parameters(), *d.parameters()):  # biases are 0 at first, and the noise stays so
+        if parameter.ndim == 1:
+            torch.nn.init.normal_(parameter)
+    z = torch.randn(4, 8)
+    ws = plain_stylegan2.mapping(g.mapping, z)
+    torch.testing.assert_close(ws, g.mapping(z))
+    images = plain_stylegan2.synthesis(g.synthesis, ws)
+    torch.testing.assert_close(images, g.synthesis(ws, noise_mode="none"), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(plain_stylegan2.logits(d, images), d(images), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("phase", plain_stylegan2.PHASES)
+def test_phases_of_stylegan2_are_compared(phase: str) -> None:
+    settings = load_recipe("faces32", ["batch=8", "augment.mode=none", "precision=fp32"])
+    assert isinstance(settings, StyleGAN2Settings)
+    settings = replace(settings, loss=replace(settings.loss, path_length_every=4))
+    sides = {
+        "ours": lambda device: recipe_step.ours(settings, phase, device),
+        "plain": lambda device: plain_stylegan2.theirs(settings, phase, device),
+    }
+    peer = Peer(name=f"stylegan2 {phase}", what="a phase", sides=sides)
+    found = side.compare(peer, torch.device("cpu"), budget_seconds=0.01)
+    ours, plain = found["ours"], found["plain"]
+    assert ours.error is None and plain.error is None
+    assert ours.peak_bytes and plain.peak_bytes and ours.peak_bytes < plain.peak_bytes

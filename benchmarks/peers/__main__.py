@@ -2,6 +2,7 @@
 
     python -m benchmarks.peers [--only timm_vit,optimizers] [--json FILE] [--seconds 5] [--small]
 
+stylegan2               the phases of StyleGAN2's training, and the same networks in plain PyTorch
 diffusers_unet          the UNet of a recipe, and diffusers' of the same layout as diffusers' scripts train it
 torchvision_resnet50    torchvision's network under plan_memory(vram="4GB"), and trained plainly
 timm_vit                the same of timm's vision transformer
@@ -23,10 +24,10 @@ from typing import Any
 import torch
 
 from benchmarks import record
-from benchmarks.peers import diffusers_unet, networks, optimizers, side
+from benchmarks.peers import diffusers_unet, networks, optimizers, plain_stylegan2, side
 from benchmarks.peers.side import Missing
 
-NAMES = ("diffusers_unet", *networks.TRAININGS, "optimizers")
+NAMES = ("stylegan2", "diffusers_unet", *networks.TRAININGS, "optimizers")
 _LIMIT_SECONDS = 300  # of one comparison
 
 
@@ -40,10 +41,18 @@ def run_one(name: str, *, small: bool, budget_seconds: float) -> list[dict[str, 
             print(optimizers.table(workload, measured), flush=True)
             points += optimizers.points("peers", workload, measured)
         return points
-    peer = diffusers_unet.peer(small=small) if name == "diffusers_unet" else networks.peer(name, small=small)
-    found = side.compare(peer, device, budget_seconds=budget_seconds)
-    print(side.table(peer, found), flush=True)
-    return side.points(peer, found)
+    if name == "stylegan2":
+        peers = plain_stylegan2.peers(small=small)
+    elif name == "diffusers_unet":
+        peers = [diffusers_unet.peer(small=small)]
+    else:
+        peers = [networks.peer(name, small=small)]
+    points = []
+    for peer in peers:
+        found = side.compare(peer, device, budget_seconds=budget_seconds / len(peers))
+        print(side.table(peer, found), flush=True)
+        points += side.points(peer, found)
+    return points
 
 
 def run_apart(name: str, words: list[str], *, limit_seconds: float = _LIMIT_SECONDS) -> list[dict[str, Any]]:

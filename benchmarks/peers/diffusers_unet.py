@@ -5,41 +5,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.peers.side import Missing, Peer, Step, optimizers_of
+from benchmarks.peers import recipe_step
+from benchmarks.peers.side import Missing, Peer, Step
 
 if TYPE_CHECKING:
     from lowvram.settings import DiffusionSettings
-
-
-def ours(settings: "DiffusionSettings", device: torch.device) -> Step:
-    """The recipe's own: network, phase and policy (micro-batches and memory.* as set)."""
-    from lowvram.memory.apply import Applied
-    from lowvram.memory.policy import MemoryPolicy
-    from lowvram.memory.precision import choose
-    from lowvram.tasks import build_task
-    from lowvram.tasks.diffusion import DiffusionTask
-
-    torch.manual_seed(0)
-    task = build_task(settings, device)
-    assert isinstance(task, DiffusionTask)
-    task.prepare_training()
-    (phase,) = task.phases
-    policy = MemoryPolicy.from_settings(settings, phases=[phase.name], precision=choose(settings.precision, device))
-    applied = Applied(policy, task.phases, device=device)
-    images = task.example(settings.batch)
-    labels, positions = torch.zeros(settings.batch, dtype=torch.int64), torch.arange(settings.batch)
-
-    def run() -> None:
-        with applied.running(phase):
-            loss, _ = applied.accumulate(phase, phase.micro_batches(images, labels, positions, 0, 0))
-        applied.update(phase, loss)
-
-    return Step(
-        run=run,
-        held=[task.denoiser, *optimizers_of(applied)],
-        samples=settings.batch,
-        details=_counted(task.denoiser) | {"micro_batch": settings.micro_batch.denoiser},
-    )
 
 
 def theirs(settings: "DiffusionSettings", device: torch.device) -> Step:
@@ -88,7 +58,7 @@ def theirs(settings: "DiffusionSettings", device: torch.device) -> Step:
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
 
-    return Step(run=run, held=[network, optimizer], samples=settings.batch, details=_counted(network))
+    return Step(run=run, held=[network, optimizer], samples=settings.batch, details=recipe_step.counted(network))
 
 
 def peer(*, small: bool) -> Peer:
@@ -112,11 +82,7 @@ def peer(*, small: bool) -> Peer:
         what=f"a training step of {recipe}'s UNet, batch {batch}",
         recipe=recipe,
         sides={
-            "ours": lambda device: ours(settings, device),
+            "ours": lambda device: recipe_step.ours(settings, "denoiser", device),
             "diffusers": lambda device: theirs(settings, device),
         },
     )
-
-
-def _counted(network: nn.Module) -> dict[str, Any]:
-    return {"parameters": sum(p.numel() for p in network.parameters())}
