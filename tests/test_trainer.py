@@ -4,12 +4,16 @@ import errno
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from commands import environment
 from PIL import Image
+from tiny import TINY
 
 from lowvram import LowVRAMError, Trainer, checkpoint, load_run
 from lowvram.trainer import NonFiniteError
@@ -255,3 +259,19 @@ def test_a_tracker_that_is_not_installed_is_named(tiny: Make, monkeypatch: pytes
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(LowVRAMError, match=r"lowvram\[wandb\]"):
         Trainer(tiny("logger=wandb"), quiet=True)
+
+
+def test_a_script_may_end_within_a_training(tmp_path: Path) -> None:
+    script = """
+import sys
+from lowvram import Trainer, load_recipe
+trainer = Trainer(load_recipe("faces32", sys.argv[1:]))
+steps = iter(trainer)
+next(steps)
+"""
+    command = [sys.executable, "-c", script, *TINY, f"out={tmp_path / 'run'}"]
+    done = subprocess.run(
+        command, env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "could not be written" not in done.stdout + done.stderr and "Traceback" not in done.stderr

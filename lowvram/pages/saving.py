@@ -5,6 +5,7 @@ import contextlib
 import functools
 import hashlib
 import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -75,6 +76,8 @@ def while_training(
     No failure ends the training: `say` gets one line. begun: when the session did, UTC, ISO 8601, as its receipt has
     it. running: False with the last call of a session.
     """
+    if sys.is_finalizing():  # a script has ended within a training, and Python can import nothing any more
+        return
     try:
         content = folder.read(run, quick=True)
         record = about.here(data=data.name, images=len(data), device=device)
