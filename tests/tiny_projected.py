@@ -31,6 +31,7 @@ CALM = {
         "model.w_dim=16",
         "optimizer.eps=0.01",
         "optimizer.lr=0.002",
+        "optimizer.lr_d=0.0005",
     ),
-    "fastgan": ("model.generator=fastgan", "optimizer.eps=0.01", "optimizer.lr=0.00005"),
+    "fastgan": ("model.generator=fastgan", "optimizer.eps=0.01", "optimizer.lr=0.00005", "optimizer.lr_d=0.0005"),
 }

@@ -6,7 +6,8 @@ trained. On a GPU the backward of resizing adds in any order (`F.interpolate`): 
 
 Such features tell little of colours, and normalised heads little of how much images differ: all may come out with one
 skin and one shirt. A fifth map can be the image itself, small, with its spread over a group of samples beside it, as in
-the minibatch standard deviation of arXiv 1710.10196 (section 3); that is ours, not the paper's.
+the minibatch standard deviation of arXiv 1710.10196 (section 3), for a head that is not normalised; that is ours, not
+the paper's.
 Legend: B batch, w width of a map, h and w its sides.
 """
 
@@ -130,15 +131,24 @@ class ProjectedDiscriminator(nn.Module):
         channels: the widest a head becomes.
         group: samples that are normalised together, see `GroupedBatchNorm`; 0: no normalisation.
         c_dim: classes; 0: none. They are judged by a product with an embedding (arXiv 1802.05637).
+        of_features: how many of the maps are a backbone's. Heads of those behind them, of pixels, are not normalised:
+            that would take away how bright a group is and how much it differs.
     """
 
     def __init__(
-        self, widths: tuple[int, ...], sizes: tuple[int, ...], *, channels: int = 512, group: int = 0, c_dim: int = 0
+        self,
+        widths: tuple[int, ...],
+        sizes: tuple[int, ...],
+        *,
+        channels: int = 512,
+        group: int = 0,
+        c_dim: int = 0,
+        of_features: int = 4,
     ) -> None:
         super().__init__()
         self.heads = nn.ModuleList(
-            Head(width, size, channels=channels, group=group, c_dim=c_dim)
-            for width, size in zip(widths, sizes, strict=True)
+            Head(width, size, channels=channels, group=group if i < of_features else 0, c_dim=c_dim)
+            for i, (width, size) in enumerate(zip(widths, sizes, strict=True))
         )
 
     def forward(self, maps: list[Tensor], c: Tensor | None = None) -> list[Tensor]:

@@ -197,6 +197,7 @@ class ProjectedGanTask(GanTask):
             channels=chosen.head_channels,
             group=chosen.group,
             c_dim=self.c_dim,
+            of_features=len(self.projection.backbone.channels),
         )
 
     def _adam(self, network: nn.Module, lr: float) -> torch.optim.Optimizer:

@@ -130,6 +130,17 @@ def test_a_fifth_map_without_groups_is_the_image_alone(backbone: backbones.Backb
     torch.testing.assert_close(fifth, F.conv2d(x, projection.of_pixels.weight))  # type: ignore[arg-type]
 
 
+def test_the_head_of_pixels_sees_how_much_they_differ_which_normalised_ones_do_not() -> None:
+    torch.manual_seed(0)
+    heads = ProjectedDiscriminator((8, 8), (8, 8), channels=16, group=4, of_features=1)
+    maps = torch.randn(8, 8, 8, 8)
+    normalised, free = heads([maps, maps])
+    weaker = heads([maps / 3, maps / 3])
+    torch.testing.assert_close(weaker[0], normalised, atol=1e-3, rtol=1e-3)
+    assert (weaker[1] - free).abs().mean() > 0.1 * free.abs().mean()
+    torch.testing.assert_close(heads([maps[1::2]] * 2)[1], free[1::2])  # in any micro-batch
+
+
 def test_groups_are_normalised_as_batches_and_in_any_micro_batch() -> None:
     norm = GroupedBatchNorm(5, 4)
     nn.init.normal_(norm.weight)
