@@ -1,9 +1,8 @@
 """Phases of StyleGAN2's training beside the same networks in plain PyTorch, as its paper writes them.
 
 No package trains the established networks on a CPU; these are their operations (arXiv 1912.04958) without what we do
-about them: a filter is zeros, padding and a convolution, demodulation a kernel for each sample, and autograd keeps what
-it wants. Filters take channels as samples, as PyTorch's second derivative of a convolution in groups is many times
-slower.
+about them: a filter is zeros, padding and a convolution in groups, demodulation a kernel for each sample, and autograd
+keeps what it wants.
 """
 
 import math
@@ -36,10 +35,10 @@ def resample(
 ) -> Tensor:
     """x [B, C, H, W]: zeros between pixels, padding, the filter, every `down`-th pixel."""
     batch, channels, height, width = x.shape
-    x = x.reshape(batch * channels, 1, height, 1, width, 1)
-    x = F.pad(x, [0, up - 1, 0, 0, 0, up - 1]).reshape(batch * channels, 1, height * up, width * up)
-    x = F.conv2d(F.pad(x, list(padding)), (f * gain).flip([0, 1])[None, None], stride=down)
-    return x.reshape(batch, channels, *x.shape[2:])
+    x = F.pad(x.reshape(batch, channels, height, 1, width, 1), [0, up - 1, 0, 0, 0, up - 1])
+    x = F.pad(x.reshape(batch, channels, height * up, width * up), list(padding))
+    kernel = (f * gain).flip([0, 1]).expand(channels, 1, -1, -1)
+    return F.conv2d(x, kernel, stride=down, groups=channels)
 
 
 def modulated(layer: SynthesisLayer, x: Tensor, w: Tensor) -> Tensor:
