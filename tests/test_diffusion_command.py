@@ -51,6 +51,7 @@ def test_training_leaves_what_sampling_needs(ldm: Path) -> None:
         assert image.size == (64, 64)
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_elsewhere_still_names_its_autoencoder(ldm: Path, tmp_path: Path) -> None:
     """Also a new run that goes on from there; what the autoencoder took was taken over with it."""
     vae = ldm.parent / "tiny_vae"

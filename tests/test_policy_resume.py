@@ -61,10 +61,15 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], dict[str,
 PAIRS = [
     *((name, "plain") for name in POLICIES if name != "plain"),
     *(("plain", name) for name in POLICIES if name != "plain"),
-    ("deferred, streamed", "sharded"),
-    ("sharded", "fused"),
-    ("fused", "recomputed"),
-    ("recomputed", "deferred, streamed"),
+    *(
+        pytest.param(*names, marks=pytest.mark.slow)
+        for names in (
+            ("deferred, streamed", "sharded"),
+            ("sharded", "fused"),
+            ("fused", "recomputed"),
+            ("recomputed", "deferred, streamed"),
+        )
+    ),
     ("sharded", "sharded"),
 ]
 

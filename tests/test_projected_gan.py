@@ -197,6 +197,7 @@ def test_another_backbone_than_the_run_s_is_refused(tmp_path: Path) -> None:
         trainer(tmp_path / "run", "resume=auto", "projection.backbone=efficientnet_lite1")
 
 
+@pytest.mark.slow
 def test_classes_ada_and_another_generator_through_the_command_line(tmp_path: Path) -> None:
     words = [*PROJECTED, "kimg=0.016", "data.labels=true", "augment.mode=ada", "augment.p=0.3", "projection.group=0"]
     done = run("lowvram.train", "recipe=faces32_fast", *words, "model.generator=fastgan", "out=run", cwd=tmp_path)

@@ -50,16 +50,18 @@ def test_multirun_gives_each_job_its_own_folder(tmp_path: Path) -> None:
     ("words", "said"),
     [
         (["recipe=face32"], ["recipe=face32 is not known", "faces32"]),
-        ([], ["No recipe was given", "faces256", "resume=FOLDER"]),
+        pytest.param([], ["No recipe was given", "faces256", "resume=FOLDER"], marks=pytest.mark.slow),
         (["resume=nowhere"], ["resume=nowhere is not a folder"]),
-        (["resume=."], ["resume=. is neither a run nor a checkpoint"]),
-        (["resume=auto", "out=nowhere"], ["No recipe was given"]),
+        pytest.param(["resume=."], ["resume=. is neither a run nor a checkpoint"], marks=pytest.mark.slow),
+        pytest.param(["resume=auto", "out=nowhere"], ["No recipe was given"], marks=pytest.mark.slow),
         (["recipe=faces32", "batc=8"], ["no setting batc", "batch"]),
-        (["recipe=faces32", "--batch=8"], ["--batch=8 is not understood", "name=value"]),
+        pytest.param(
+            ["recipe=faces32", "--batch=8"], ["--batch=8 is not understood", "name=value"], marks=pytest.mark.slow
+        ),
         (["recipe=faces32", "data.path=nowhere.zip"], ["nowhere.zip"]),
         (["recipe=faces32", "vram=6"], ["vram=6 has no unit", "vram=6GB"]),
-        (["recipe=faces32", "resume=nowhere"], ["nowhere"]),
-        (["recipe=faces32", "device=cuda:7"], ["cuda:7"]),
+        pytest.param(["recipe=faces32", "resume=nowhere"], ["nowhere"], marks=pytest.mark.slow),
+        pytest.param(["recipe=faces32", "device=cuda:7"], ["cuda:7"], marks=pytest.mark.slow),
     ],
 )
 def test_mistakes_end_in_two_lines_and_status_2(tmp_path: Path, words: list[str], said: list[str]) -> None:

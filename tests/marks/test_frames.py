@@ -41,7 +41,7 @@ def written(pictures: list[np.ndarray], path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("format", ["webp", "mp4", "mp4v"])
+@pytest.mark.parametrize("format", ["webp", "mp4", pytest.param("mp4v", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("marked", [True, False])
 def test_the_watermark_of_a_film_is_found(
     tmp_path: Path, format: str, marked: bool, capfd: pytest.CaptureFixture[str]

@@ -54,6 +54,7 @@ def test_blank_paper_takes_nothing_from_what_is_drawn_on_it() -> None:
     assert watermark.score(watermark.embed(picture)) > watermark.THRESHOLD
 
 
+@pytest.mark.slow
 def test_frames_are_looked_at_once_together() -> None:
     """Much alike or not, they are no more likely to agree by chance; and marked ones say more than one of them does."""
     unlike = [np.random.default_rng(seed).integers(0, 256, (256, 256, 3), dtype=np.uint8) for seed in range(4)]

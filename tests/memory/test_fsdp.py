@@ -225,7 +225,7 @@ def test_a_unet_trains_as_without(offload: bool) -> None:
     assert_equal(full_optimizer_state(optimizer), expected_state, tolerance=1e-6)
 
 
-@OFFLOAD
+@pytest.mark.parametrize("offload", [pytest.param(False, marks=pytest.mark.slow), True], ids=["shard", "offload"])
 def test_the_four_losses_of_stylegan2_train_as_without(offload: bool) -> None:
     def check(seed: int) -> None:
         gan, expected = (train_gan(prepare, first=100 * seed) for prepare in (sharded(offload), plain))
