@@ -127,7 +127,7 @@ else
   denoiser="recipe=faces256_ldm batch=16 micro_batch.denoiser=16"
   fine_tuning="-m recipe=sd15_finetune,sd15_lora,sd15_textual_inversion,sdxl_lora,sdxl_finetune vram=4GB,6GB"
   fine_tuning="$fine_tuning data.builtin_count=8 out=$out --steps 5"
-  peers="--seconds 3 --only stylegan2,diffusers_unet,torchvision_resnet50,timm_vit" # kernels has the optimizers
+  peers="--seconds 3 --only diffusers_unet,torchvision_resnet50,timm_vit,stylegan2" # kernels has the optimizers
   energy_seconds=8
   quality="recipe=faces256,faces256_fast vram=6GB seconds=120 points=4 n=1000 data.builtin_count=2000 measure_on=cuda"
   training="recipe=faces64 batch=64 vram=6GB snapshot_kimg=5 data.builtin_count=2000 --seconds 45"

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from benchmarks.peers import recipe_step
 from benchmarks.peers.side import Missing, Peer, Step
+from lowvram.kernels.upfirdn2d import plain as resample
 from lowvram.models import stylegan2
 from lowvram.models.stylegan2_layers import ConvLayer, FullyConnected, SynthesisLayer, ToRGB
 
@@ -28,17 +29,6 @@ def linear(layer: FullyConnected, x: Tensor) -> Tensor:
     """[B, in] -> [B, out], with equalised learning rate."""
     x = F.linear(x, layer.weight * layer.weight_gain, layer.bias * layer.bias_gain)
     return F.leaky_relu(x, 0.2) * math.sqrt(2) if layer.act == "lrelu" else x
-
-
-def resample(
-    x: Tensor, f: Tensor, *, up: int = 1, down: int = 1, padding: tuple[int, ...], gain: float = 1.0
-) -> Tensor:
-    """x [B, C, H, W]: zeros between pixels, padding, the filter, every `down`-th pixel."""
-    batch, channels, height, width = x.shape
-    x = F.pad(x.reshape(batch, channels, height, 1, width, 1), [0, up - 1, 0, 0, 0, up - 1])
-    x = F.pad(x.reshape(batch, channels, height * up, width * up), list(padding))
-    kernel = (f * gain).flip([0, 1]).expand(channels, 1, -1, -1)
-    return F.conv2d(x, kernel, stride=down, groups=channels)
 
 
 def modulated(layer: SynthesisLayer, x: Tensor, w: Tensor) -> Tensor:
@@ -179,7 +169,7 @@ def peers(*, small: bool) -> list[Peer]:
     Raises:
         Missing: recipes can't be read.
     """
-    recipe, batch = ("faces64", 4) if small else ("faces256", 16)
+    recipe, batch = ("faces64", 4) if small else ("faces256", 8)
     words = [f"batch={batch}", "augment.mode=none", "precision=fp32", "model.z_dim=512", "model.w_dim=512"]
     try:
         from lowvram import load_recipe
